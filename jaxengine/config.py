@@ -1,0 +1,152 @@
+"""ModelConfig (what the checkpoint says) and EngineConfig (what the user asks for): frozen, validated once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxengine.errors import ConfigError, UnsupportedError
+
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "relu2", "tanh", "sigmoid")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, as in transformers' `rope_parameters`.
+
+    `options` holds what the type needs beside `theta`: `factor`, `low_freq_factor`, `high_freq_factor`,
+    `original_max_position_embeddings`, `beta_fast`, `beta_slow`, `mscale`, `mscale_all_dim`, `attention_factor`,
+    `truncate`, `short_factor`, `long_factor`.
+    """
+
+    type: str = "default"
+    theta: float = 10_000.0
+    rotary_dim: int = 0  # leading dimensions of a head that are rotated; the rest pass through
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.type not in ROPE_TYPES:
+            raise ConfigError(f"rope {self.type=} is not one of {ROPE_TYPES}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder in our own words: every option of the checkpoint's config that changes a result, and nothing else."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    activation: str
+    norm_eps: float
+    windows: tuple[int | None, ...]  # per layer: how many last positions a token sees, itself included; None = all
+    attention_scales: tuple[float, ...]  # per layer: what q @ k is multiplied by
+    rope: RopeConfig | None = None  # None: learned positions
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    dtype: str = "float32"  # of the checkpoint
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+                 "head_dim", "max_position_embeddings")  # fmt: skip
+        for name in sizes:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"{self.num_heads=} is not a multiple of {self.num_kv_heads=}")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"{self.activation=} is not one of {ACTIVATIONS}")
+        for name in ("windows", "attention_scales"):
+            if len(getattr(self, name)) != self.num_layers:
+                raise ConfigError(f"{name} has {len(getattr(self, name))} entries for {self.num_layers=}")
+
+
+DTYPES = {"half": "float16", "float": "float32", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the user asks of the engine. `None` means: chosen at start-up from the model and the device, and logged.
+
+    Sizes are in tokens unless the name says bytes.
+    """
+
+    max_model_len: int | None = None  # prompt and output together; None: what the model was made for
+    dtype: str = "auto"  # of weights and activations; auto: bfloat16 on GPU (float16 stays), float32 on CPU
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"  # auto: as dtype
+    page_size: int = 16
+    gpu_memory_utilization: float = 0.9  # share of the device's memory that weights, cache and temporaries may take
+    kv_cache_memory_bytes: int | None = None  # overrides the plan
+    enable_prefix_caching: bool = True
+    max_num_seqs: int | None = None  # rows in one step
+    max_num_batched_tokens: int | None = None  # tokens in one step
+    steps_in_flight: int = 1  # steps that run on the device while the host schedules the next: 0, 1 or 2
+    priority_aging_steps: int = 256  # steps of waiting that outweigh one unit of priority
+    attention: str = "auto"  # auto | reference | xla | triton
+    max_logprobs: int = 20  # largest SamplingParams.logprobs; -1 (whole vocabulary) is always possible
+    logprobs_mode: str = "raw"  # raw: the model's distribution; processed: the one the token was drawn from
+    fuse_weights: bool = True  # one product for q, k, v and one for gate, up
+    seed: int = 0  # of requests that name none, and of dummy weights
+    compilation_cache: bool | str | Path = True  # False: none; a path: there; True: jax's setting, else the default folder
+    enforce_eager: bool = False  # compile each program when it is first needed; contradicts warmup=True
+    warmup: bool = False  # compile every program before the first request
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    mesh: Mesh | None = None
+
+    def __post_init__(self):
+        def check(name: str, ok: bool, want: str):
+            if not ok:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be {want}")
+
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        object.__setattr__(self, "kv_cache_dtype", _dtype_name(self.kv_cache_dtype))
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+            value = getattr(self, name)
+            check(name, value is None or (_is_int(value) and value > 0), "a positive integer or None")
+        check("page_size", _is_int(self.page_size) and 8 <= self.page_size <= 256
+              and self.page_size & (self.page_size - 1) == 0, "a power of two from 8 to 256")  # fmt: skip
+        check("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "above 0 and at most 1")
+        check("steps_in_flight", self.steps_in_flight in (0, 1, 2), "0, 1 or 2")
+        check("priority_aging_steps", _is_int(self.priority_aging_steps) and self.priority_aging_steps > 0, "positive")
+        check("attention", self.attention in ("auto", "reference", "xla", "triton"), "auto, reference, xla or triton")
+        check("max_logprobs", _is_int(self.max_logprobs) and self.max_logprobs >= 0, "0 or more")
+        check("logprobs_mode", self.logprobs_mode in ("raw", "processed"), "raw or processed")
+        check("warmup", not (self.warmup and self.enforce_eager), "False when enforce_eager=True asks for lazy compiling")
+        if self.quantization is not None:
+            raise UnsupportedError(f"quantization={self.quantization!r}: only unquantized weights are served; leave it None")
+        mesh_size = 1 if self.mesh is None else self.mesh.size
+        for name, size in (("tensor_parallel_size", self.tensor_parallel_size),
+                           ("data_parallel_size", self.data_parallel_size), ("mesh", mesh_size)):  # fmt: skip
+            if size != 1:
+                raise UnsupportedError(f"{name} of {size} devices: one device per engine for now; leave it out")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of a dtype given as a string, a NumPy dtype or a jnp scalar type."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None) or getattr(dtype, "name", str(dtype))
+    if name != "auto" and name not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name, name)
+
+
+def engine_option_names() -> tuple[str, ...]:
+    return tuple(f.name for f in fields(EngineConfig))

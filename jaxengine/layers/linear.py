@@ -1,0 +1,45 @@
+"""Matrix products. Every product with a weight goes through here; float32 means float32 on every device."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def precision(dtype) -> jax.lax.Precision | None:
+    """HIGHEST for float32 (a GPU's default would be TF32), the default for narrower types."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`; kernel [in, out], bias [out] where the parameters have one."""
+
+    def __init__(self, params: Mapping[str, jax.Array]):
+        self.kernel = nnx.Param(params["kernel"])
+        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., out] in x's dtype."""
+        y = jnp.dot(x, self.kernel[...], precision=precision(x.dtype))
+        return y if self.bias is None else y + self.bias[...]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """x [rows, in] -> float32 [rows, out], never rounded to x's dtype on the way."""
+        return jnp.dot(x, self.kernel[...], precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+class Projections(nnx.Module):
+    """Several products of one input: one product when their kernels were fused by `models.prepare`, else one each."""
+
+    def __init__(self, params: Mapping, names: tuple[str, ...], fused: str, widths: tuple[int, ...]):
+        self.names, self.fused_name, self.widths = names, fused, widths
+        for name in (fused,) if fused in params else names:
+            setattr(self, name, Linear(params[name]))
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """x [tokens, in] -> one [tokens, width] for each name."""
+        if not hasattr(self, self.fused_name):
+            return tuple(getattr(self, name)(x) for name in self.names)
+        ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths) - 1)]
+        return tuple(jnp.split(getattr(self, self.fused_name)(x), ends, axis=-1))

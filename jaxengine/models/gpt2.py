@@ -1,0 +1,72 @@
+"""GPT-2 (also DialoGPT): learned positions, LayerNorm with bias, a plain MLP, a tied head. Radford et al. 2019."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxengine.config import ModelConfig
+from jaxengine.kv_cache import KVCache
+from jaxengine.layers.activation import ACTIVATIONS
+from jaxengine.layers.attention import AttentionInputs, paged_attention
+from jaxengine.layers.embedding import Embedding
+from jaxengine.layers.linear import Linear, Projections
+from jaxengine.layers.norm import LayerNorm
+from jaxengine.models import llama
+from jaxengine.sharding import ParamSpec
+
+
+def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+    specs = {path: spec for path, spec in llama.param_specs(config).items() if "gate_proj" not in path}
+    norms = [path for path in specs if path.endswith(".scale")]
+    specs |= {path.replace(".scale", ".bias"): specs[path] for path in norms}
+    position = ParamSpec((config.max_position_embeddings, config.hidden_size), ("position", "hidden"))
+    return specs | {"embed_positions.embedding": position}
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int):
+        self.head_dim, self.window, self.scale = config.head_dim, config.windows[layer], config.attention_scales[layer]
+        width = config.num_heads * config.head_dim
+        self.qkv = Projections(params, ("q_proj", "k_proj", "v_proj"), "qkv_proj", (width, width, width))
+        self.o_proj = Linear(params["o_proj"])
+
+    def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: int, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        q, k, v = (y.reshape(len(x), -1, self.head_dim) for y in self.qkv(x))
+        y, cache = paged_attention(q, k, v, inputs, layer, cache, scale=self.scale, window=self.window)
+        return self.o_proj(y.reshape(len(x), -1)), cache
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any]):
+        self.up_proj, self.down_proj = Linear(params["up_proj"]), Linear(params["down_proj"])
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int):
+        self.input_layernorm = LayerNorm(params["input_layernorm"], config.norm_eps)
+        self.self_attn = Attention(config, params["self_attn"], layer)
+        self.post_attention_layernorm = LayerNorm(params["post_attention_layernorm"], config.norm_eps)
+        self.mlp = MLP(config, params["mlp"])
+
+    def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: int, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        y, cache = self.self_attn(self.input_layernorm(x), inputs, layer, cache)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Model(llama.Model):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], max_model_len: int):
+        self.embed_tokens = Embedding(params["embed_tokens"])
+        self.embed_positions = Embedding(params["embed_positions"])
+        self.layers = nnx.List([Layer(config, params["layers"][str(i)], i) for i in range(config.num_layers)])
+        self.norm = LayerNorm(params["norm"], config.norm_eps)
+        self.lm_head = Linear(params["lm_head"]) if "lm_head" in params else None
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        return self.embed_tokens(tokens) + self.embed_positions(positions)

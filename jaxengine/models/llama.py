@@ -1,0 +1,138 @@
+"""Llama, and the families that are Llama with options: Mistral (windows), Qwen2 (QKV bias), Qwen3 (norms on q and k).
+
+Source: Touvron et al. 2023 and transformers' modeling files; options come from ModelConfig.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxengine.config import ModelConfig
+from jaxengine.kv_cache import KVCache
+from jaxengine.layers.activation import ACTIVATIONS
+from jaxengine.layers.attention import AttentionInputs, paged_attention
+from jaxengine.layers.embedding import Embedding
+from jaxengine.layers.linear import Linear, Projections, precision
+from jaxengine.layers.norm import RMSNorm
+from jaxengine.layers.rope import apply_rope, rope_frequencies
+from jaxengine.sharding import ParamSpec
+
+
+def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+    c = config
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    specs = {"embed_tokens.embedding": ParamSpec((c.vocab_size, c.hidden_size), ("vocab", "hidden"))}
+
+    def linear(path: str, sizes: tuple[int, int], axes: tuple[str, str], bias: bool):
+        specs[f"{path}.kernel"] = ParamSpec(sizes, axes)
+        if bias:
+            specs[f"{path}.bias"] = ParamSpec(sizes[1:], axes[1:])
+
+    def norm(path: str, size: int):
+        specs[f"{path}.scale"] = ParamSpec((size,), ("norm",))
+
+    for i in range(c.num_layers):
+        layer = f"layers.{i}"
+        norm(f"{layer}.input_layernorm", c.hidden_size)
+        linear(f"{layer}.self_attn.q_proj", (c.hidden_size, q), ("hidden", "heads"), c.qkv_bias)
+        linear(f"{layer}.self_attn.k_proj", (c.hidden_size, kv), ("hidden", "kv_heads"), c.qkv_bias)
+        linear(f"{layer}.self_attn.v_proj", (c.hidden_size, kv), ("hidden", "kv_heads"), c.qkv_bias)
+        if c.qk_norm:
+            norm(f"{layer}.self_attn.q_norm", c.head_dim)
+            norm(f"{layer}.self_attn.k_norm", c.head_dim)
+        linear(f"{layer}.self_attn.o_proj", (q, c.hidden_size), ("heads", "hidden"), c.o_bias)
+        norm(f"{layer}.post_attention_layernorm", c.hidden_size)
+        linear(f"{layer}.mlp.gate_proj", (c.hidden_size, c.intermediate_size), ("hidden", "mlp"), c.mlp_bias)
+        linear(f"{layer}.mlp.up_proj", (c.hidden_size, c.intermediate_size), ("hidden", "mlp"), c.mlp_bias)
+        linear(f"{layer}.mlp.down_proj", (c.intermediate_size, c.hidden_size), ("mlp", "hidden"), c.mlp_bias)
+    norm("norm", c.hidden_size)
+    if not c.tie_word_embeddings:
+        linear("lm_head", (c.hidden_size, c.vocab_size), ("hidden", "vocab"), False)
+    return specs
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions over the paged cache."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int, max_model_len: int):
+        c = config
+        self.head_dim, self.window, self.scale = c.head_dim, c.windows[layer], c.attention_scales[layer]
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.qkv = Projections(params, ("q_proj", "k_proj", "v_proj"), "qkv_proj", (q, kv, kv))
+        self.o_proj = Linear(params["o_proj"])
+        self.q_norm = RMSNorm(params["q_norm"], c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(params["k_norm"], c.norm_eps) if c.qk_norm else None
+        assert c.rope is not None
+        self.inv_freq, self.rope_factor = rope_frequencies(c.rope, max_model_len, c.max_position_embeddings)
+        self.inv_freq = tuple(self.inv_freq.tolist())  # static: part of the program, not a parameter
+
+    def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: int, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """x [tokens, hidden] -> the same shape, and the cache with these tokens in it."""
+        q, k, v = (y.reshape(len(x), -1, self.head_dim) for y in self.qkv(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        inv_freq = jnp.asarray(self.inv_freq, jnp.float32)
+        q = apply_rope(q, inputs.positions, inv_freq, self.rope_factor)
+        k = apply_rope(k, inputs.positions, inv_freq, self.rope_factor)
+        y, cache = paged_attention(q, k, v, inputs, layer, cache, scale=self.scale, window=self.window)
+        return self.o_proj(y.reshape(len(x), -1)), cache
+
+
+class MLP(nnx.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any]):
+        width = config.intermediate_size
+        self.gate_up = Projections(params, ("gate_proj", "up_proj"), "gate_up_proj", (width, width))
+        self.down_proj = Linear(params["down_proj"])
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = self.gate_up(x)
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int, max_model_len: int):
+        self.input_layernorm = RMSNorm(params["input_layernorm"], config.norm_eps)
+        self.self_attn = Attention(config, params["self_attn"], layer, max_model_len)
+        self.post_attention_layernorm = RMSNorm(params["post_attention_layernorm"], config.norm_eps)
+        self.mlp = MLP(config, params["mlp"])
+
+    def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: int, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        y, cache = self.self_attn(self.input_layernorm(x), inputs, layer, cache)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Model(nnx.Module):
+    """Token ids -> hidden states -> logits, in three parts that the runner composes."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], max_model_len: int):
+        self.embed_tokens = Embedding(params["embed_tokens"])
+        self.layers = nnx.List(
+            [Layer(config, params["layers"][str(i)], i, max_model_len) for i in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(params["norm"], config.norm_eps)
+        self.lm_head = Linear(params["lm_head"]) if "lm_head" in params else None
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """tokens int32 [T], positions int32 [T] -> [T, hidden]."""
+        return self.embed_tokens(tokens)
+
+    def run_layers(self, x: jax.Array, inputs: AttentionInputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """x [T, hidden] -> the same shape, and the cache with these tokens in it."""
+        for i, layer in enumerate(self.layers):
+            x, cache = layer(x, inputs, i, cache)
+        return x, cache
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """x [rows, hidden] -> logits float32 [rows, vocab]."""
+        x = self.norm(x)
+        if self.lm_head is not None:
+            return self.lm_head.logits(x)
+        table = self.embed_tokens.embedding[...]
+        return jnp.dot(x, table.T, precision=precision(x.dtype), preferred_element_type=jnp.float32)
