@@ -1,0 +1,49 @@
+"""Random bfloat16 weights of a real model's shape, many requests through `LLM.generate`, beside the hardware's limit.
+
+    python -m benchmarks.offline --model llama8b --workloads bs1,bs64,fixed256,nano,decode
+
+The limit is computed from the read bandwidth and the rate of matrix products measured in the same run.
+"""
+
+import argparse
+
+from benchmarks.common import longest, random_llm, rates, report, time_workload
+from benchmarks.workloads import SHAPES, floor_seconds, requests
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama8b", choices=SHAPES)
+    parser.add_argument("--workloads", default="bs1,bs64,fixed256,nano,decode")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="measured runs of each workload, after one that compiles"
+    )
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int)
+    args = parser.parse_args()
+
+    import jax
+
+    workloads, shape = args.workloads.split(","), SHAPES[args.model]
+    options = {name: getattr(args, name) for name in ("dtype", "attention", "page_size", "max_num_seqs")}
+    if args.max_num_batched_tokens is not None:
+        options["max_num_batched_tokens"] = args.max_num_batched_tokens
+    device = jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    print(f"{device.device_kind}, jax {jax.__version__}, {args.model}, {options}", flush=True)
+    bandwidth, flops = rates(2**28 if on_cpu else 2**32, 1024 if on_cpu else 8192)
+    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s, matrix products {flops / 1e12:.0f} TFLOP/s", flush=True)
+    with random_llm(args.model, max_model_len=longest(args.model, workloads), **options) as llm:
+        for name in workloads:
+            result = time_workload(llm, args.model, name, args.repeats)
+            prompts, lengths = requests(name, shape.vocab_size)
+            floor = floor_seconds(shape, prompts, lengths, bandwidth, flops)
+            result |= {"floor_seconds": floor, "share_of_floor": floor / result["seconds"]}
+            report(result)
+
+
+if __name__ == "__main__":
+    main()
