@@ -1,0 +1,171 @@
+"""Cases for the kernels: a pairwise cover of their options, random inputs, and a naive twin of each op in NumPy."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def pairwise(options: dict[str, Sequence], seed: int = 0) -> list[dict]:
+    """Few choices that hold every pair of values of two options at least once (greedy; the same for the same seed)."""
+    rng = np.random.default_rng(seed)
+    names = list(options)
+    missing = {((a, x), (b, y)) for a, b in combinations(names, 2) for x, y in product(options[a], options[b])}
+    choices = []
+    while missing:
+        best, best_new = {}, set()
+        for _ in range(30):
+            # Start from a missing pair, then give each other option the value that covers the most.
+            choice = dict(sorted(missing, key=repr)[rng.integers(len(missing))])
+            for i in rng.permutation(len(names)):
+                name = names[i]
+                if name not in choice:
+                    values = [options[name][j] for j in rng.permutation(len(options[name]))]
+                    choice[name] = max(values, key=lambda value: len(_pairs({**choice, name: value}, names) & missing))
+            new = _pairs(choice, names) & missing
+            if len(new) > len(best_new):
+                best, best_new = choice, new
+        choices.append({name: best[name] for name in names})
+        missing -= best_new
+    return choices
+
+
+def _pairs(choice: dict, names: list[str]) -> set:
+    present = [(name, choice[name]) for name in names if name in choice]
+    return set(combinations(present, 2))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and options; `lengths` are the rows' lengths, new tokens included."""
+
+    head_dim: int = 64
+    group: int = 1
+    page_size: int = 16
+    dtype: str = "float32"
+    window: int | None = None
+    softcap: float | None = None
+    kv_heads: int = 2
+    queries: int = 1  # per row, decode only
+    lengths: tuple[int, ...] = (0, 1, 40, 70)
+    new_tokens: tuple[int, ...] = ()  # per row, extend only
+    block_q: int = 16  # extend only
+
+    def __str__(self) -> str:
+        return (f"d{self.head_dim}-g{self.group}-p{self.page_size}-{self.dtype}-w{self.window}-c{self.softcap}"
+                f"-q{self.queries}-k{self.kv_heads}-n{max(self.lengths)}")  # fmt: skip
+
+    @property
+    def options(self) -> dict:
+        # A softcap is only felt by scores of its size: twice the usual scale.
+        return {"scale": 2 / math.sqrt(self.head_dim), "window": self.window, "softcap": self.softcap}
+
+
+def decode_inputs(case: Case, seed: int = 0) -> tuple:
+    """Arguments of paged_decode as NumPy arrays of the case's dtype, in random page order.
+
+    Slots beyond a row's length hold NaN, and table entries that a row does not need name a page of NaN.
+    """
+    rng, dtype = np.random.default_rng(seed), jnp.dtype(case.dtype)
+    rows, page_size = len(case.lengths), case.page_size
+    width = max(1, -(-max(case.lengths) // page_size)) + 1
+    pages = [-(-length // page_size) for length in case.lengths]
+    pool_shape = (sum(pages) + 2, case.kv_heads, page_size, case.head_dim)
+    poisoned = pool_shape[0] - 1
+    k, v = (rng.standard_normal(pool_shape).astype(dtype) for _ in range(2))
+    order = iter(rng.permutation(sum(pages)) + 1)
+    table = np.full((rows, width), poisoned, np.int32)
+    for row, length in enumerate(case.lengths):
+        table[row, : pages[row]] = [next(order) for _ in range(pages[row])]
+        if length % page_size:
+            for pool in (k, v):
+                pool[table[row, length // page_size], :, length % page_size :] = np.nan
+        if case.window is not None:
+            new = case.new_tokens[row] if case.new_tokens else case.queries
+            table[row, : max(0, length - new + 1 - case.window) // page_size] = poisoned
+    for pool in (k, v):
+        pool[poisoned] = np.nan
+    q = rng.standard_normal((rows, case.queries, case.kv_heads * case.group, case.head_dim)).astype(dtype)
+    return q, k, v, table, np.array(case.lengths, np.int32)
+
+
+def extend_inputs(case: Case, seed: int = 0) -> tuple:
+    """Arguments of paged_extend; rows of at most one new token are in no block, and an empty block ends the list."""
+    _, k, v, table, lengths = decode_inputs(case, seed)
+    rng, q_len = np.random.default_rng(seed + 1), np.array(case.new_tokens, np.int32)
+    q_start = np.cumsum(q_len) - q_len
+    blocks = [(row, start) for row, count in enumerate(q_len) if count > 1
+              for start in range(q_start[row], q_start[row] + count, case.block_q)]  # fmt: skip
+    block_row, block_start = np.array([*blocks, (-1, 0)], np.int32).T
+    shape = (q_len.sum() + 3, case.kv_heads * case.group, case.head_dim)
+    q = rng.standard_normal(shape).astype(jnp.dtype(case.dtype))
+    return q, k, v, table, block_row, block_start, q_start.astype(np.int32), q_len, lengths
+
+
+def naive_attention(q, k_pages, v_pages, table, position: int, *, scale, window=None, softcap=None) -> np.ndarray:
+    """One query token q [H, D] at `position` of a row with the page table `table` [W], in float64, key by key."""
+    group, page_size = len(q) // k_pages.shape[1], k_pages.shape[2]
+    out = np.zeros(q.shape)
+    for head in range(len(q)):
+        weights, values = [], []
+        for key in range(0 if window is None else max(0, position - window + 1), position + 1):
+            slot = table[key // page_size], head // group, key % page_size
+            score = scale * float(q[head].astype(np.float64) @ k_pages[slot].astype(np.float64))
+            weights.append(math.exp(score if softcap is None else softcap * math.tanh(score / softcap)))
+            values.append(v_pages[slot].astype(np.float64))
+        if weights:
+            out[head] = np.array(weights) @ np.array(values) / sum(weights)
+    return out
+
+
+def naive_decode(q, k_pages, v_pages, page_table, lengths, **options) -> np.ndarray:
+    out = np.zeros(q.shape)
+    for row, queries in enumerate(q):
+        for j, query in enumerate(queries):
+            position = int(lengths[row]) - len(queries) + j
+            out[row, j] = naive_attention(query, k_pages, v_pages, page_table[row], position, **options)
+    return out
+
+
+def naive_extend(
+    q, k_pages, v_pages, page_table, block_row, block_start, q_start, q_len, lengths, *, block_q, **options
+) -> np.ndarray:
+    out = np.zeros(q.shape)
+    for row, start in zip(block_row, block_start):
+        if row >= 0:
+            for token in range(start, min(start + block_q, q_start[row] + q_len[row])):
+                position = int(lengths[row] - q_len[row] + token - q_start[row])
+                out[token] = naive_attention(q[token], k_pages, v_pages, page_table[row], position, **options)
+    return out
+
+
+def naive_write(k_pages, v_pages, k, v, page, offset) -> tuple[np.ndarray, np.ndarray]:
+    k_pages, v_pages = k_pages.copy(), v_pages.copy()
+    for token in range(len(page)):
+        if page[token] != 0:
+            k_pages[page[token], :, offset[token]] = k[token]
+            v_pages[page[token], :, offset[token]] = v[token]
+    return k_pages, v_pages
+
+
+def write_inputs(case: Case, tokens: int, seed: int = 0) -> tuple:
+    """Arguments of kv_write: random slots, every third token dropped."""
+    rng, dtype = np.random.default_rng(seed), jnp.dtype(case.dtype)
+    pool_shape = (2 + tokens // case.page_size, case.kv_heads, case.page_size, case.head_dim)
+    k_pages, v_pages = (rng.standard_normal(pool_shape).astype(dtype) for _ in range(2))
+    k, v = (rng.standard_normal((tokens, case.kv_heads, case.head_dim)).astype(dtype) for _ in range(2))
+    slots = case.page_size + rng.choice((pool_shape[0] - 1) * case.page_size, tokens, replace=False)
+    page, offset = (slots // case.page_size).astype(np.int32), (slots % case.page_size).astype(np.int32)
+    page[::3] = 0
+    return k_pages, v_pages, k, v, page, offset
+
+
+def relative_error(out, expected) -> float:
+    """Norm of the difference over the norm of `expected`, in float64; inf where either has a NaN."""
+    out, expected = np.asarray(out).astype(np.float64), np.asarray(expected).astype(np.float64)
+    if not (np.isfinite(out).all() and np.isfinite(expected).all()):
+        return math.inf
+    return float(np.linalg.norm(out - expected) / max(np.linalg.norm(expected), 1e-30))
