@@ -1,0 +1,306 @@
+"""`jaxengine generate | chat | convert | bench | collect-env`. Options and defaults come from the library's classes."""
+
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import wraps
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+
+from jaxengine.config import EngineConfig
+from jaxengine.errors import JaxEngineError
+from jaxengine.request import SamplingParams
+
+# Where the weights and the tokenizer come from: LLM's own arguments, which EngineConfig knows nothing of.
+SOURCES: dict[str, tuple[Any, str]] = {
+    "model": (str, "Hub id, folder or GGUF file; without it, the small model that ships with jaxengine."),
+    "tokenizer": (str, "Hub id or folder of another tokenizer than the model's own."),
+    "revision": (str, "Branch, tag or commit on the hub."),
+    "load_format": (str, "auto, safetensors, gguf, orbax or dummy."),
+    "download_dir": (str, "Where downloads from the hub are kept."),
+}
+# What shows in text: several completions and log-probabilities have no place to be printed; --seed is the engine's.
+SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "max_tokens", "min_tokens", "bad_words",
+    "allowed_token_ids", "skip_special_tokens", "spaces_between_special_tokens", "timeout",
+)  # fmt: skip
+PACKAGES = (
+    "jaxengine", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "numpy", "transformers",
+    "tokenizers", "safetensors", "huggingface_hub", "gguf", "orbax-checkpoint",
+)  # fmt: skip
+Options = dict[str, inspect.Parameter]
+Given = dict[str, Any]
+
+
+def option(name: str, kind: Any, default: Any, help: str) -> inspect.Parameter:
+    """A command line option whose value is None unless it was given; --help shows the default that then holds."""
+    shown = f"{help}  [default: {'none' if default == () else default}]"
+    annotation = Annotated[kind | None, typer.Option(help=shown.strip(), show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def comments(cls: type) -> dict[str, str]:
+    """What stands behind each field of a dataclass as a comment."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+
+
+def field_options(cls: type, names: tuple[str, ...] = (), **defaults: Any) -> Options:
+    """Options for the fields of a dataclass that one word, number or list of them can say; all, or those named.
+
+    Defaults are the class's own but for `defaults`, for a command that has others.
+    """
+    helps, found = comments(cls), {}
+    for field in fields(cls):
+        kind = option_type(field.type)
+        if kind is not None and (not names or field.name in names):
+            default = defaults.get(field.name, field.default)
+            found[field.name] = option(field.name, kind, default, helps.get(field.name, ""))
+    return found
+
+
+def option_type(annotation: Any) -> Any:
+    """The type of a command line option for an annotation; None if no option can say such a value."""
+    kinds = [kind for kind in get_args(annotation) if kind is not NoneType]
+    if get_origin(annotation) not in (Union, UnionType):
+        kinds = [annotation]
+    for kind in kinds:
+        if get_origin(kind) is not None and get_args(kind)[:1] in ((str,), (int,)):
+            return list[get_args(kind)[0]]  # type: ignore[misc]
+    if str in kinds:
+        return str
+    return next((kind for kind in (bool, int, float) if kinds == [kind]), float if float in kinds else None)
+
+
+def takes(**groups: Options) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of each group, and hands it those that were given as one dict a group."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def command(**values: Any) -> None:
+            for name, options in groups.items():
+                given = {key: values.pop(key) for key in options}
+                values[name] = {key: value for key, value in given.items() if value not in (None, [])}
+            function(**values)
+
+        own = inspect.signature(function)
+        kept = [p.replace(kind=p.KEYWORD_ONLY) for p in own.parameters.values() if p.name not in groups]
+        added = [p for options in groups.values() for p in options.values()]
+        command.__signature__ = own.replace(parameters=kept + added)  # type: ignore[attr-defined]
+        command.__annotations__ = {}
+        return command
+
+    return decorate
+
+
+def source_options() -> Options:
+    from jaxengine.llm import LLM
+
+    parameters = inspect.signature(LLM).parameters
+    return {name: option(name, kind, parameters[name].default, help) for name, (kind, help) in SOURCES.items()}
+
+
+CHAT_DEFAULTS = {"max_tokens": None}
+ENGINE = source_options() | field_options(EngineConfig)
+SAMPLED = field_options(SamplingParams, SAMPLING)
+SAMPLED_IN_CHAT = field_options(SamplingParams, SAMPLING, **CHAT_DEFAULTS)
+app = typer.Typer(
+    name="jaxengine", help="LLM inference in JAX.", add_completion=False, no_args_is_help=True,
+    pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={"max_content_width": 120},
+)  # fmt: skip
+bench = typer.Typer(help="Measure speed; print a table, write JSON.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@contextmanager
+def open_llm(engine: Given) -> Iterator[Any]:
+    """An LLM with these options. jax's GPU client takes its share of the memory when it starts, so say it before."""
+    from jaxengine.llm import LLM
+
+    cache = engine.get("compilation_cache")
+    if cache in ("True", "False"):
+        engine = engine | {"compilation_cache": cache == "True"}
+    share = engine.get("gpu_memory_utilization", EngineConfig.gpu_memory_utilization)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(share))
+    with LLM(**engine) as llm:
+        yield llm
+
+
+def sampling_params(llm: Any, given: Given) -> SamplingParams:
+    """The model's own sampling defaults, but for what was given."""
+    return replace(llm.get_default_sampling_params(), **given)
+
+
+def print_stream(outputs: Iterator[Any]) -> str:
+    """Prints deltas of one request as they come; returns the whole text."""
+    text = ""
+    try:
+        for output in outputs:
+            text += output.outputs[0].text
+            print(output.outputs[0].text, end="", flush=True)
+    finally:
+        print(flush=True)
+    return text
+
+
+@app.command()
+@takes(engine=ENGINE, sampling=SAMPLED)
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="Texts to continue; '-' reads one from standard input.")],
+    engine: Given,
+    sampling: Given,
+) -> None:
+    """Continue texts: one is streamed, several run together.
+
+    A model's generation_config may set other sampling defaults than those shown.
+    """
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    with open_llm(engine) as llm:
+        params = sampling_params(llm, sampling)
+        if len(texts) == 1:
+            print(texts[0], end="", flush=True)
+            print_stream(llm.generate(texts[0], replace(params, output_kind="delta"), stream=True))
+            return
+        for text, output in zip(texts, llm.generate(texts, params), strict=True):
+            print(f"{text}{output.outputs[0].text}\n")
+
+
+@app.command()
+@takes(engine=ENGINE, sampling=SAMPLED_IN_CHAT)
+def chat(
+    engine: Given,
+    sampling: Given,
+    message: Annotated[str | None, typer.Option(help="Answer this one message and end.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+) -> None:
+    """Talk with a model. /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends an answer.
+
+    A model's generation_config may set other sampling defaults than those shown.
+    """
+    start = [{"role": "system", "content": system}] if system else []
+    with open_llm(engine) as llm:
+        params = replace(sampling_params(llm, CHAT_DEFAULTS | sampling), output_kind="delta")
+        if message is not None:
+            print_stream(llm.chat([*start, {"role": "user", "content": message}], params, stream=True))
+            return
+        messages = list(start)
+        while (line := read_line()) != "/exit":
+            if line == "/reset":
+                messages = list(start)
+            elif line:
+                messages.append({"role": "user", "content": line})
+                try:
+                    answer = print_stream(llm.chat(messages, params, stream=True))
+                    messages.append({"role": "assistant", "content": answer})
+                except (KeyboardInterrupt, JaxEngineError) as error:
+                    print(f"[{error or 'interrupted'}]", file=sys.stderr)
+                    messages.pop()
+
+
+def read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return "/exit"
+    except KeyboardInterrupt:
+        print()
+        return ""
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
+) -> None:
+    """Write a model's canonical parameters as an Orbax checkpoint, which `--model DESTINATION` then serves."""
+    raise NotImplementedError
+
+
+@bench.command()
+@takes(engine=ENGINE)
+def latency(
+    engine: Given,
+    batch_size: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 8,
+    input_len: Annotated[int, typer.Option(help="Prompt tokens a request.", min=1)] = 32,
+    output_len: Annotated[int, typer.Option(help="Output tokens a request.", min=1)] = 128,
+    num_iters: Annotated[int, typer.Option(help="Batches that are measured.", min=1)] = 10,
+    num_iters_warmup: Annotated[int, typer.Option(help="Batches before them, to compile.", min=0)] = 2,
+    output_json: Annotated[Path | None, typer.Option(help="File for the whole result.")] = None,
+) -> None:
+    """Run one batch after another, watching every token."""
+    from jaxengine.benchmark import run_watched
+
+    measure(run_watched, engine, batch_size, input_len, output_len, num_iters, num_iters_warmup, output_json)
+
+
+@bench.command()
+@takes(engine=ENGINE)
+def throughput(
+    engine: Given,
+    num_prompts: Annotated[int, typer.Option(help="Requests, all at once.", min=1)] = 100,
+    input_len: Annotated[int, typer.Option(help="Prompt tokens a request.", min=1)] = 512,
+    output_len: Annotated[int, typer.Option(help="Output tokens a request.", min=1)] = 128,
+    output_json: Annotated[Path | None, typer.Option(help="File for the whole result.")] = None,
+) -> None:
+    """Run many requests at once, after a first run of as many that compiles."""
+    from jaxengine.benchmark import run
+
+    measure(run, engine, num_prompts, input_len, output_len, 1, 1, output_json)
+
+
+def measure(
+    how: Callable[..., Any], engine: Given, count: int, input_len: int, output_len: int, iters: int, warmup: int,
+    output_json: Path | None,
+) -> None:  # fmt: skip
+    """Runs `warmup + iters` batches, their prompts all different: nothing comes from the prefix cache."""
+    from jaxengine.benchmark import fixed_length, random_prompts, summarize, table
+
+    with open_llm(engine) as llm:
+        batches = [random_prompts(count, input_len, llm.vocab_size, seed) for seed in range(warmup + iters)]
+        runs = [how(llm, prompts, [fixed_length(output_len)] * count) for prompts in batches]
+    result = summarize(runs[warmup:])
+    print(table(result))
+    if output_json is not None:
+        output_json.write_text(json.dumps(result, indent=1))
+
+
+@app.command()
+def collect_env() -> None:
+    """What a bug report should say: versions, devices, settings."""
+    import jax
+
+    print(f"python             {platform.python_version()} on {platform.platform()}")
+    print(f"processor          {os.cpu_count()} cores, {platform.machine()}")
+    for name in PACKAGES:
+        try:
+            print(f"{name:<18} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{name:<18} -")
+    for device in jax.devices():
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+        print(f"device             {device} {device.device_kind}" + (f", {memory / 2**30:.1f} GiB" if memory else ""))
+    for name in sorted(os.environ):
+        if name.startswith(("JAX_", "XLA_", "CUDA_VISIBLE", "LIBTPU_")):
+            print(f"{name}={os.environ[name]}")
+
+
+def main() -> None:
+    try:
+        app()
+    except JaxEngineError as error:
+        sys.exit(f"jaxengine: {error}")
+
+
+if __name__ == "__main__":
+    main()
