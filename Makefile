@@ -55,4 +55,5 @@ $(READY): pyproject.toml constraints.txt
 $(REFERENCES): tests/references/requirements.txt
 	$(REFERENCE_PYTHON) -m venv .venv-references
 	.venv-references/bin/python -m pip install --quiet -r tests/references/requirements.txt
+	.venv-references/bin/python -m pip install --quiet --no-deps $(DEMO_PACKAGE)
 	touch $@
