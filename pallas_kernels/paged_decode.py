@@ -45,8 +45,12 @@ class TuningConfig:
         if window is not None:
             keys = min(keys, window + queries - 1)
         parts = max(1, min(pl.cdiv(PROGRAMS, max(1, rows * kv_heads)), pl.cdiv(keys, MIN_PART)))
-        accumulator = _tile_rows(queries * heads // kv_heads) * pl.next_power_of_2(dim)
-        return cls(tile.block_kv(dim, k_pages.dtype), parts, num_warps=4 if accumulator <= 2**13 else 8)
+        # Beyond these sizes of the output tile registers spill; plain cores (float32) need more of them per product.
+        tile_rows = _tile_rows(queries * heads // kv_heads)
+        size, single = tile_rows * pl.next_power_of_2(dim), q.dtype == jnp.float32
+        block_kv = 16 if single and tile_rows > 32 else tile.block_kv(dim, k_pages.dtype)
+        num_warps = 4 if size <= (2**12 if single else 2**13) else 8 if size <= 2**14 or not single else 16
+        return cls(block_kv, parts, num_warps)
 
 
 @partial(jax.jit, static_argnames=("scale", "window", "softcap", "tuning", "interpret"))
@@ -165,10 +169,7 @@ def _kernel(
 
     length = lengths_ref[row]
     position = length - queries + query
-    first: int | jax.Array = 0
-    if window is not None:
-        first = jnp.maximum(length - queries + 1 - window, 0)
-    base = tile.div(first, page_size) * page_size  # the first key's page is read from its start
+    first, base = tile.first_key(length - queries, window, page_size)
     blocks = tile.div(length - base + block_kv - 1, block_kv)
     per_part = tile.div(blocks + parts - 1, parts)
 

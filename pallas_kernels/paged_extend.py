@@ -38,10 +38,11 @@ class TuningConfig:
         """The choice for these arrays (or anything with their shapes and dtypes)."""
         heads, dim = q.shape[1:]
         rows = pl.next_power_of_2(block_q * heads // k_pages.shape[1])
-        # float32 products run on the plain cores, where large tiles only spill registers.
-        most = 32 if q.dtype == jnp.float32 else 128 if pl.next_power_of_2(dim) <= 128 else 64
-        tile_rows = max(tile.MIN_ROWS, min(rows, most))
-        return cls(tile_rows, tile.block_kv(dim, k_pages.dtype), num_warps=8 if tile_rows == 128 else 4)
+        # The largest tiles that spill no registers; float32 products run on the plain cores and need more of them.
+        wide, single = pl.next_power_of_2(dim) > 128, q.dtype == jnp.float32
+        tile_rows = max(tile.MIN_ROWS, min(rows, 32 if single else 64 if wide else 128))
+        block_kv = 16 if single else tile.block_kv(dim, k_pages.dtype)
+        return cls(tile_rows, block_kv, num_warps=4 if tile_rows < (32 if single else 64 if wide else 128) else 8)
 
 
 @partial(jax.jit, static_argnames=("block_q", "scale", "window", "softcap", "tuning", "interpret"))
@@ -176,10 +177,7 @@ def _kernel(
             index = (token[:, None], (head * group + tile.rem(m, group))[:, None], d[None, :])
             mask = real[:, None] & (d < dim)[None, :]
             q = plt.load(q_ref.at[index], mask=mask, other=0)
-            first: int | jax.Array = 0
-            if window is not None:
-                first = jnp.maximum(context + first_token + 1 - window, 0)
-            base = tile.div(first, page_size) * page_size  # the first key's page is read from its start
+            first, base = tile.first_key(context + first_token, window, page_size)
             length = context + end_token
 
             def body(whole, i, carry):

@@ -48,14 +48,22 @@ def block_kv(head_dim: int, dtype) -> int:
     return max(16, min(64, TILE_BYTES // (pl.next_power_of_2(head_dim) * jnp.dtype(dtype).itemsize)))
 
 
-def div(x: int | jax.Array, n: int) -> jax.Array:
+def div(x: jax.Array, n: int) -> jax.Array:
     """x // n for x >= 0, without the code that negative numbers need."""
-    return x // n if isinstance(x, int) else jax.lax.div(x, jnp.int32(n))
+    return jax.lax.div(x, jnp.int32(n))
 
 
 def rem(x: jax.Array, n: int) -> jax.Array:
     """x % n for x >= 0."""
     return jax.lax.rem(x, jnp.int32(n))
+
+
+def first_key(position: jax.Array, window: int | None, page_size: int) -> tuple[int | jax.Array, int | jax.Array]:
+    """The first key that a query at `position` sees, and the start of its page."""
+    if window is None:
+        return 0, 0
+    first = jnp.maximum(position + 1 - window, 0)
+    return first, div(first, page_size) * page_size
 
 
 def load_tile(
