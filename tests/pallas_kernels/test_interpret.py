@@ -1,0 +1,95 @@
+"""The kernels in interpret mode against their references. Each shape compiles for a second: few and tiny."""
+
+import numpy as np
+import pytest
+
+import pallas_kernels as kernels
+from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
+from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
+from tests.pallas_kernels.cases import Case, decode_inputs, extend_inputs, relative_error, write_inputs
+
+LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+
+DECODE = [
+    Case(head_dim=64, group=1, lengths=(0, 1, 40, 70)),
+    Case(head_dim=80, group=7, queries=5, window=20, softcap=3.0, dtype="bfloat16", lengths=(0, 3, 40, 141, 5)),
+    Case(head_dim=32, group=16, kv_heads=1, page_size=32, softcap=3.0, dtype="float16", lengths=(300, 1, 0)),
+    Case(head_dim=128, group=3, queries=8, window=300, page_size=128, lengths=(8, 700)),
+    Case(head_dim=96, group=5, window=17, lengths=(16, 17, 18, 33)),
+]
+EXTEND = [
+    Case(head_dim=64, group=1, lengths=(0, 1, 20, 70), new_tokens=(0, 1, 20, 50)),
+    Case(head_dim=80, group=5, window=20, softcap=3.0, dtype="bfloat16", lengths=(40, 70, 5), new_tokens=(20, 50, 1)),
+    Case(head_dim=32, group=3, kv_heads=1, page_size=64, dtype="float16", lengths=(200, 130), new_tokens=(9, 130)),
+    Case(head_dim=96, group=16, kv_heads=1, block_q=8, window=33, lengths=(70, 16), new_tokens=(17, 16)),
+]
+
+
+@pytest.mark.parametrize("case", DECODE, ids=str)
+def test_paged_decode(case):
+    args = decode_inputs(case)
+    out = kernels.paged_decode(*args, **case.options, interpret=True)
+    expected = kernels.paged_decode_reference(*args, **case.options)
+    assert out.dtype == case.dtype
+    assert relative_error(out, expected) < LIMIT[case.dtype]
+    empty = np.array(case.lengths) == 0
+    assert not np.asarray(out)[empty].any()
+
+
+def test_parts_and_tiles_change_only_rounding():
+    case = Case(group=2, window=60, lengths=(0, 1, 150, 90))
+    args = decode_inputs(case)
+    outs = [
+        kernels.paged_decode(*args, **case.options, tuning=DecodeTuning(block_kv, parts, 4), interpret=True)
+        for block_kv, parts in ((64, 1), (16, 3))
+    ]
+    assert 0 < relative_error(*outs) < 1e-5
+
+
+@pytest.mark.parametrize("case", EXTEND, ids=str)
+def test_paged_extend(case):
+    args = extend_inputs(case)
+    out = kernels.paged_extend(*args, block_q=case.block_q, **case.options, interpret=True)
+    expected = kernels.paged_extend_reference(*args, block_q=case.block_q, **case.options)
+    assert out.dtype == case.dtype
+    assert relative_error(out, expected) < LIMIT[case.dtype]
+    alone = [i for count, start in zip(case.new_tokens, args[6]) if count == 1 for i in [start]]
+    assert not np.asarray(out)[[*alone, -1, -2, -3]].any(), "tokens in no block"
+
+
+@pytest.mark.parametrize(
+    "case", [Case(kv_heads=3, head_dim=80, dtype="bfloat16"), Case(kv_heads=1, head_dim=64, page_size=32)], ids=str
+)
+def test_kv_write(case):
+    args = write_inputs(case, tokens=13)
+    for got, expected in zip(kernels.kv_write(*args, interpret=True), kernels.kv_write_reference(*args)):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+
+
+def test_bad_input_is_named():
+    q, k, v, table, lengths = decode_inputs(Case())
+    good = {"scale": 1.0, "interpret": True}
+    for match, args, options in (
+        ("queries=9", (q.repeat(9, axis=1), k, v, table, lengths), {}),
+        ("window=0", (q, k, v, table, lengths), {"window": 0}),
+        ("softcap=-1", (q, k, v, table, lengths), {"softcap": -1.0}),
+        ("heads=3", (q.repeat(2, axis=2)[:, :, :3], k, v, table, lengths), {}),
+        ("int32", (q.astype(np.int32), k, v, table, lengths), {}),
+        (r"lengths.shape=\(2,\)", (q, k, v, table, lengths[:2]), {}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            kernels.paged_decode(*args, **good, **options)
+    for match, make in (
+        ("block_kv=48", lambda: DecodeTuning(48, 1, 4)),
+        ("parts=0", lambda: DecodeTuning(64, 0, 4)),
+        ("num_warps=3", lambda: ExtendTuning(64, 64, 3)),
+        ("tile_rows=8", lambda: ExtendTuning(8, 64, 4)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make()
+    args = extend_inputs(Case(lengths=(40,), new_tokens=(20,)))
+    with pytest.raises(ValueError, match="block_start"):
+        kernels.paged_extend(*args[:5], args[5][:1], *args[6:], block_q=16, **good)
+    args = write_inputs(Case(), tokens=5)
+    with pytest.raises(ValueError, match=r"offset.shape=\(4,\)"):
+        kernels.kv_write(*args[:5], args[5][:4], interpret=True)

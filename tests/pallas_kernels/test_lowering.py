@@ -1,0 +1,63 @@
+"""Every kernel lowers for CUDA, over a pairwise cover of shapes and options; no GPU needed."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels as kernels
+from tests.pallas_kernels.cases import pairwise
+from tests.pallas_kernels.lowering import lower_for_cuda
+
+CUSTOM_CALL = "__gpu$xla.gpu.triton"
+CASES = pairwise(
+    {
+        "dtype": ["bfloat16", "float16", "float32"],
+        "head_dim": [32, 64, 80, 96, 128, 256],
+        "group": [1, 3, 4, 7, 16],
+        "page_size": [16, 64, 128],
+        "window": [None, 100],
+        "softcap": [None, 5.0],
+        "queries": [1, 3, 8],
+        "rows": [1, 256],
+    }
+)
+
+
+def ints(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def name(case):
+    return "-".join(str(value) for value in case.values())
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_attention_lowers(case):
+    rows, kv_heads, dim, dtype = case["rows"], 2, case["head_dim"], case["dtype"]
+    pool = jax.ShapeDtypeStruct((1024, kv_heads, case["page_size"], dim), dtype)
+    heads, table = kv_heads * case["group"], ints(rows, 64)
+    options = {"scale": 0.1, "window": case["window"], "softcap": case["softcap"]}
+    q = jax.ShapeDtypeStruct((rows, case["queries"], heads, dim), dtype)
+    decode = partial(kernels.paged_decode, **options), q, pool, pool, table, ints(rows)
+    q, blocks = jax.ShapeDtypeStruct((512, heads, dim), dtype), 512 // 16 + rows
+    extend = (partial(kernels.paged_extend, block_q=16, **options), q, pool, pool, table, ints(blocks), ints(blocks),
+              ints(rows), ints(rows), ints(rows))  # fmt: skip
+    for function, *args in (decode, extend):
+        assert lower_for_cuda(function, *args).count(CUSTOM_CALL) == 1
+        products = [line for line in str(jax.make_jaxpr(function)(*args)).split("dot_general[")[1:]]
+        assert len(products) >= 2
+        if dtype == "float32":  # which Triton then computes in IEEE arithmetic, otherwise in TF32
+            assert all("precision=(Precision.HIGHEST, Precision.HIGHEST)" in line.split("]")[0] for line in products)
+
+
+@pytest.mark.parametrize(
+    "case", pairwise({"dtype": ["bfloat16", "float32"], "kv_heads": [1, 3, 8], "dim": [64, 96]}), ids=name
+)
+def test_write_lowers_in_place(case):
+    pool = jax.ShapeDtypeStruct((1024, case["kv_heads"], 16, case["dim"]), case["dtype"])
+    new = jax.ShapeDtypeStruct((7, case["kv_heads"], case["dim"]), case["dtype"])
+    text = lower_for_cuda(kernels.kv_write, pool, pool, new, new, ints(7), ints(7))
+    assert text.count(CUSTOM_CALL) == 1
+    assert text.count("output_operand_alias<") == 2
