@@ -16,10 +16,10 @@ def pairwise(options: dict[str, Sequence], seed: int = 0) -> list[dict]:
     missing = {((a, x), (b, y)) for a, b in combinations(names, 2) for x, y in product(options[a], options[b])}
     choices = []
     while missing:
-        best, best_new = {}, set()
+        best, best_new, pairs = {}, set(), sorted(missing, key=repr)
         for _ in range(30):
             # Start from a missing pair, then give each other option the value that covers the most.
-            choice = dict(sorted(missing, key=repr)[rng.integers(len(missing))])
+            choice = dict(pairs[rng.integers(len(pairs))])
             for i in rng.permutation(len(names)):
                 name = names[i]
                 if name not in choice:

@@ -1,0 +1,105 @@
+"""The compiled kernels against their references, which run in float32 on the CPU, over a pairwise cover of options.
+
+All programs compile at once, in threads, before the first comparison.
+"""
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as kernels
+from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
+from tests.pallas_kernels.cases import Case, decode_inputs, extend_inputs, pairwise, relative_error, write_inputs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")]
+
+# TF32 products would give about 3e-4; bfloat16 ones give 2e-3 to 6e-3.
+LIMIT = {"float32": 1e-5, "bfloat16": 1e-2}
+OPTIONS = {
+    "dtype": ["bfloat16", "float32"],
+    "head_dim": [64, 96, 128, 256],
+    "group": [1, 2, 3, 4, 5, 6, 7, 8, 16],
+    "page_size": [16, 32, 64, 128],
+    "window": [None, 1, 100],
+    "softcap": [None, 3.0],
+    "kv_heads": [1, 2, 5],
+}
+LENGTHS = [(0, 1, 15, 16, 17, 600), (1, 1500, 0), (200, 33, 64, 0, 1, 1, 128, 65) * 8]
+DECODE = [Case(**choice) for choice in pairwise({**OPTIONS, "queries": [1, 2, 3, 8], "lengths": LENGTHS})]
+DECODE += [Case(head_dim=32, dtype="float16"), Case(head_dim=80, group=3, window=30, dtype="float16", queries=4)]
+ROWS = [((0, 1, 200, 700), (0, 1, 33, 130)), ((300,), (300,))]  # lengths, new tokens
+EXTEND = [
+    Case(**choice, lengths=lengths, new_tokens=new_tokens)
+    for choice in pairwise({**OPTIONS, "block_q": [8, 16, 64], "rows": ROWS}, seed=1)
+    for lengths, new_tokens in [choice.pop("rows")]
+]
+EXTEND += [Case(head_dim=dim, group=3, dtype="float16", lengths=(1, 70), new_tokens=(0, 40)) for dim in (32, 80)]
+WRITE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim")} | {
+    "page_size": [16, 128],
+    "kv_heads": [1, 3, 8],
+}
+WRITE = [Case(**choice) for choice in pairwise(WRITE_OPTIONS)]
+CASES = [(op, case) for op, cases in (("paged_decode", DECODE), ("paged_extend", EXTEND), ("kv_write", WRITE))
+         for case in cases]  # fmt: skip
+
+
+def compare(op: str, case: Case, seed: int, **tuning) -> tuple:
+    """The kernel's result and the reference's on the same inputs."""
+    kernel, reference = getattr(kernels, op), getattr(kernels, f"{op}_reference")
+    if op == "kv_write":
+        args, options = write_inputs(case, tokens=200, seed=seed), {}
+    elif op == "paged_decode":
+        args, options = decode_inputs(case, seed), case.options
+    else:
+        args, options = extend_inputs(case, seed), case.options | {"block_q": case.block_q}
+    out = kernel(*jax.device_put(args, jax.devices("gpu")[0]), **options, **tuning)
+    return jax.device_get((out, reference(*jax.device_put(args, jax.devices("cpu")[0]), **options)))
+
+
+@pytest.fixture(scope="module")
+def comparisons() -> dict[tuple[str, Case], Future]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {which: pool.submit(compare, *which, seed) for seed, which in enumerate(CASES)}
+
+
+@pytest.mark.parametrize("which", CASES, ids=lambda which: f"{which[0]}-{which[1]}")
+def test_kernel_equals_reference(which, comparisons):
+    op, case = which
+    out, expected = comparisons[which].result()
+    if op == "kv_write":
+        for got, want in zip(out, expected):
+            np.testing.assert_array_equal(got, want)
+    else:
+        assert out.dtype == case.dtype
+        assert relative_error(out, expected) < LIMIT[case.dtype]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+@pytest.mark.parametrize("block_kv", [16, 64])
+def test_decode_tuning_keeps_the_result(block_kv, parts):
+    case = Case(head_dim=128, group=4, dtype="bfloat16", window=500, lengths=(0, 1, 700, 30))
+    out, expected = compare("paged_decode", case, 0, tuning=DecodeTuning(block_kv, parts, num_warps=4))
+    assert relative_error(out, expected) < LIMIT["bfloat16"]
+
+
+@pytest.mark.parametrize("gigabytes", [3.9, 5])
+def test_large_pools(gigabytes):
+    """The kernels' offsets are 32 bits wide up to 4 GiB and 64 beyond: write the last pages, read them back."""
+    case = Case(head_dim=128, kv_heads=8, group=2, dtype="bfloat16", lengths=(16,) * 6)
+    q, k, v, table, lengths = decode_inputs(case)
+    pages = int(gigabytes * 2**30) // k[0].nbytes
+    shift = pages - len(k)  # page i of the small pools lies at i + shift in the large ones
+    page = np.repeat(np.arange(shift + 1, pages - 1, dtype=np.int32), 16)
+    offset = np.arange(page.size, dtype=np.int32) % 16
+    k_pages, v_pages = (jnp.zeros((pages, 8, 16, 128), k.dtype) for _ in range(2))
+    new = [pool[1:-1].swapaxes(1, 2).reshape(-1, 8, 128) for pool in (k, v)]
+    write = jax.jit(kernels.kv_write, donate_argnums=(0, 1)).lower(k_pages, v_pages, *new, page, offset).compile()
+    assert "copy(" not in write.as_text(), "the pools are written in place"
+    k_pages, v_pages = write(k_pages, v_pages, *new, page, offset)
+    out = kernels.paged_decode(q, k_pages, v_pages, table + shift, lengths, **case.options)
+    args = jax.device_put((q, k, v, table, lengths), jax.devices("cpu")[0])
+    assert relative_error(out, kernels.paged_decode_reference(*args, **case.options)) < LIMIT["bfloat16"]
