@@ -169,7 +169,7 @@ def _kernel(
 
     length = lengths_ref[row]
     position = length - queries + query
-    first, base = tile.first_key(length - queries, window, page_size)
+    base = tile.first_key(length - queries, window, page_size)
     blocks = tile.div(length - base + block_kv - 1, block_kv)
     per_part = tile.div(blocks + parts - 1, parts)
 
@@ -178,7 +178,6 @@ def _kernel(
         inside = tokens < length
         seen = tokens[None, :] <= position[:, None]
         if window is not None:
-            inside &= tokens >= first
             seen &= tokens[None, :] > position[:, None] - window
         k, v = tile.load_tile(k_ref, v_ref, table_ref, row, head, tokens, inside)
         return tile.attend(carry, q, k, v, seen, scale, softcap)

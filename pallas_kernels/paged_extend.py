@@ -177,7 +177,7 @@ def _kernel(
             index = (token[:, None], (head * group + tile.rem(m, group))[:, None], d[None, :])
             mask = real[:, None] & (d < dim)[None, :]
             q = plt.load(q_ref.at[index], mask=mask, other=0)
-            first, base = tile.first_key(context + first_token, window, page_size)
+            base = tile.first_key(context + first_token, window, page_size)
             length = context + end_token
 
             def body(whole, i, carry):
@@ -188,7 +188,6 @@ def _kernel(
                     inside = keys < length
                     seen = keys[None, :] <= position[:, None]
                     if window is not None:
-                        inside &= keys >= first
                         seen &= keys[None, :] > position[:, None] - window
                 k, v = tile.load_tile(k_ref, v_ref, table_ref, row, head, keys, inside)
                 return tile.attend(carry, q, k, v, seen, scale, softcap)

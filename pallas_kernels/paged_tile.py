@@ -58,12 +58,11 @@ def rem(x: jax.Array, n: int) -> jax.Array:
     return jax.lax.rem(x, jnp.int32(n))
 
 
-def first_key(position: jax.Array, window: int | None, page_size: int) -> tuple[int | jax.Array, int | jax.Array]:
-    """The first key that a query at `position` sees, and the start of its page."""
+def first_key(position: jax.Array, window: int | None, page_size: int) -> int | jax.Array:
+    """The start of the first page that a query at `position` sees; pages before it may be another row's by now."""
     if window is None:
-        return 0, 0
-    first = jnp.maximum(position + 1 - window, 0)
-    return first, div(first, page_size) * page_size
+        return 0
+    return div(jnp.maximum(position + 1 - window, 0), page_size) * page_size
 
 
 def load_tile(
