@@ -29,16 +29,18 @@ EXTEND = [2048, 8192]  # new tokens of one row
 WRITE = [128, 8192]  # tokens
 BLOCK_Q = 32
 L2_BYTES = 60e6
-SAMPLE_S = 0.05
+SAMPLE_S, PAUSE_S = 0.02, 0.1
 
 
 def seconds(call: Callable[[], Any], ops: int, samples: int = 9) -> tuple[float, float]:
     """Median time per op of `call`, which queues `ops` of them, and the spread: the quartiles' distance over it.
 
-    A sample queues calls for SAMPLE_S before it waits for the last: waiting alone costs 0.3 ms.
+    A sample queues calls for SAMPLE_S before it waits for the last, as waiting alone costs 0.3 ms. Samples stand
+    PAUSE_S apart, so that the card's power limit does not lower its clock.
     """
 
     def sample(calls: int) -> float:
+        time.sleep(PAUSE_S)
         begin = time.perf_counter()
         for _ in range(calls):
             out = call()

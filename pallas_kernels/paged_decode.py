@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import paged_tile as tile
 
 MAX_QUERIES = 8
-PROGRAMS = 528  # four for each of an H200's 132 multiprocessors
+PROGRAMS = 528  # that an H200 runs at once, four on each multiprocessor; a few more would make a second, short wave
 MIN_PART = 256  # keys in a part, below which its fixed cost shows
 
 
@@ -44,7 +44,7 @@ class TuningConfig:
         keys = page_table.shape[1] * page_size
         if window is not None:
             keys = min(keys, window + queries - 1)
-        parts = max(1, min(pl.cdiv(PROGRAMS, max(1, rows * kv_heads)), pl.cdiv(keys, MIN_PART)))
+        parts = max(1, min(PROGRAMS // max(1, rows * kv_heads), pl.cdiv(keys, MIN_PART)))
         # Beyond these sizes of the output tile registers spill; plain cores (float32) need more of them per product.
         tile_rows = _tile_rows(queries * heads // kv_heads)
         size, single = tile_rows * pl.next_power_of_2(dim), q.dtype == jnp.float32
