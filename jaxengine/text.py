@@ -1,0 +1,178 @@
+"""Token ids become text while they are generated: whole characters only, and stop strings found wherever they end.
+
+The text of an output is `Tokenizer.decode` of its ids alone, without the prompt, as in transformers (a SentencePiece
+output that begins with `▁Paris` is "Paris"). Joining all pieces gives exactly that text, with two exceptions: it ends
+at a stop string, and a run of byte tokens that turns out not to be UTF-8 after whole characters of it were shown keeps
+those (decoding all of it at once would replace them too).
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tokenizers.decoders import DecodeStream
+
+from jaxengine.errors import RequestError
+from jaxengine.tokenizer import Tokenizer
+
+
+class TextParams(Protocol):
+    """The fields of SamplingParams that text depends on."""
+
+    stop: Sequence[str]
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
+    spaces_between_special_tokens: bool
+    detokenize: bool
+    min_tokens: int
+
+
+@dataclass(frozen=True)
+class TextUpdate:
+    """What new tokens did to a text. `keep` of them count; those behind a stop string do not."""
+
+    text_delta: str
+    stop: str | None
+    keep: int
+
+
+class Detokenizer:
+    """The growing text of one output.
+
+    `text` is what has been handed out so far, and may be shown: it never ends in half a character, nor in what could
+    be the beginning of a stop string (unless stop strings stay in the text).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        include_stop_str: bool = False,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        min_tokens: int = 0,
+    ):
+        """`min_tokens`: stop strings that end within the text of so many first tokens are passed over."""
+        if stop and tokenizer.clean_up_spaces:
+            raise RequestError(
+                f"stop={list(stop)!r}: this tokenizer changes spaces after decoding (clean_up_tokenization_spaces), so "
+                "that text is known at the end only; use stop_token_ids"
+            )
+        self._tokenizer, self._stop, self._include_stop = tokenizer, tuple(stop), include_stop_str
+        self._skip, self._spaces, self._min_tokens = skip_special_tokens, spaces_between_special_tokens, min_tokens
+        self._longest = max(map(len, self._stop), default=0)
+        self._ids: list[int] = []
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._pending = 0  # last ids whose text is not complete
+        self._decoded = ""  # text of the others
+        self._shown = 0  # characters of it that were handed out
+        self._ended = False
+
+    @property
+    def text(self) -> str:
+        return self._decoded[: self._shown]
+
+    def append(self, token_ids: Sequence[int]) -> TextUpdate:
+        """Takes the next tokens; after a stop string it may not be called again."""
+        for taken, token_id in enumerate(token_ids, 1):
+            start = len(self._decoded)
+            self._decode(token_id)
+            if len(self._ids) <= self._min_tokens:
+                continue
+            if found := self._find_stop(start):
+                stop, begin = found
+                self._decoded = self._decoded[: begin + len(stop) if self._include_stop else begin]
+                self._ended = True
+                return TextUpdate(self._show(len(self._decoded)), stop, taken)
+        return TextUpdate(self._show(len(self._decoded) - self._held_back()), None, len(token_ids))
+
+    def finish(self) -> str:
+        """The rest of the text: incomplete characters as replacement characters, and beginnings of stop strings."""
+        if self._pending and not self._ended:
+            whole = self._tokenizer.decode(self._ids, self._skip, self._spaces)
+            if whole.startswith(self._decoded):
+                self._decoded = whole
+            else:
+                self._decoded += self._tokenizer.decode_inside(self._ids[-self._pending :], self._skip)
+        self._ended = True
+        return self._show(len(self._decoded))
+
+    def _show(self, end: int) -> str:
+        start, self._shown = self._shown, max(self._shown, end)
+        return self._decoded[start : self._shown]
+
+    def _decode(self, token_id: int) -> None:
+        self._ids.append(token_id)
+        self._pending += 1
+        if self._tokenizer.clean_up_spaces:
+            return  # a later token may take a space away
+        if not self._spaces and not self._skip and set(self._ids[-2:]) <= self._tokenizer.added_ids:
+            self._stream = DecodeStream(skip_special_tokens=False)
+        try:
+            piece = self._stream.step(self._tokenizer.backend, token_id)
+        except Exception:  # "invalid prefix": bytes that were a character are none together with these
+            pending = self._ids[-self._pending :]
+            piece = self._tokenizer.decode_inside(pending, self._skip)
+            self._stream = DecodeStream(ids=self._tokenizer.anchor_ids, skip_special_tokens=self._skip)
+        if piece is not None:
+            self._decoded += piece
+            self._pending = 0
+
+    def _find_stop(self, start: int) -> tuple[str, int] | None:
+        """The stop string that ends first at or behind `start`, and where it begins; of several the longest."""
+        found = []
+        for stop in self._stop:
+            begin = self._decoded.find(stop, max(0, start - len(stop) + 1))
+            if begin >= 0:
+                found.append((begin + len(stop), begin, stop))
+        if not found:
+            return None
+        _, begin, stop = min(found)
+        return stop, begin
+
+    def _held_back(self) -> int:
+        """Characters at the end that could be the beginning of a stop string."""
+        if self._include_stop:
+            return 0
+        for size in range(min(self._longest - 1, len(self._decoded)), 0, -1):
+            end = self._decoded[-size:]
+            if any(stop.startswith(end) for stop in self._stop):
+                return size
+        return 0
+
+
+class TextSink:
+    """The detokenizers of all running outputs, in the form that the engine's commit wants. For one thread."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._outputs: dict[Hashable, Detokenizer | None] = {}
+
+    def open(self, key: Hashable, prompt_ids: Sequence[int], params: TextParams) -> None:
+        """Starts an output; `params` are its SamplingParams. `prompt_ids` do not enter into its text."""
+        self._outputs[key] = (
+            Detokenizer(
+                self._tokenizer,
+                params.stop,
+                include_stop_str=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+                min_tokens=params.min_tokens,
+            )
+            if params.detokenize
+            else None
+        )
+
+    def update(self, items: Sequence[tuple[Any, Sequence[int]]]) -> list[TextUpdate]:
+        """New token ids by output, to new text by output, in the same order."""
+        updates = []
+        for key, ids in items:
+            output = self._outputs[key]
+            updates.append(output.append(ids) if output else TextUpdate("", None, len(ids)))
+        return updates
+
+    def close(self, key: Hashable) -> str:
+        """Ends an output and forgets it; the text that was still held back. A key that is not open gives none."""
+        output = self._outputs.pop(key, None)
+        return output.finish() if output else ""
