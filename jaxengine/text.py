@@ -80,9 +80,9 @@ class Detokenizer:
             self._decode(token_id)
             if len(self._ids) <= self._min_tokens:
                 continue
-            if found := self._find_stop(start):
+            if self._stop and (found := self._find_stop(text := self._decoded + self._front_of_pending(), start)):
                 stop, begin = found
-                self._decoded = self._decoded[: begin + len(stop) if self._include_stop else begin]
+                self._decoded = text[: begin + len(stop) if self._include_stop else begin]
                 self._ended = True
                 return TextUpdate(self._show(len(self._decoded)), stop, taken)
         return TextUpdate(self._show(len(self._decoded) - self._held_back()), None, len(token_ids))
@@ -119,11 +119,17 @@ class Detokenizer:
             self._decoded += piece
             self._pending = 0
 
-    def _find_stop(self, start: int) -> tuple[str, int] | None:
-        """The stop string that ends first at or behind `start`, and where it begins; of several the longest."""
+    def _front_of_pending(self) -> str:
+        """Whole characters that share a token with a part of one."""
+        if not self._pending:
+            return ""
+        return self._tokenizer.decode_inside(self._ids[-self._pending :], self._skip).rstrip("\ufffd")
+
+    def _find_stop(self, text: str, start: int) -> tuple[str, int] | None:
+        """The stop string that ends first behind `start`, and where it begins; of several the longest."""
         found = []
         for stop in self._stop:
-            begin = self._decoded.find(stop, max(0, start - len(stop) + 1))
+            begin = text.find(stop, max(0, start - len(stop) + 1))
             if begin >= 0:
                 found.append((begin + len(stop), begin, stop))
         if not found:

@@ -87,7 +87,7 @@ def read(path: Path) -> dict[str, Any]:
         "ids": ids,
         "text": [gguf_files.text_digest(tokenizer.decode(i, skip_special_tokens=True)) for i in ids],
         "raw_text": [gguf_files.text_digest(tokenizer.decode(i)) for i in ids],
-        "chats": [
+        "rendered": [
             tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
             for chat in CHATS
             for prompt in (True, False)
