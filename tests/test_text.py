@@ -126,6 +126,12 @@ def test_what_could_begin_a_stop_string_is_held_back():
     assert [inclusive.append(BYTES.encode(letter)).text_delta for letter in "aS"] == ["a", "S"]
 
 
+def test_a_stop_string_in_a_token_with_half_a_character():
+    ids = BYTES.encode("a é")
+    assert BYTES.token_text(ids[1]) == " \ufffd"  # a space and the first byte of two
+    assert streamed(BYTES, ids, stop=[" "]) == ("a", " ", 2)
+
+
 def test_held_text_comes_at_the_end():
     detokenizer = Detokenizer(BYTES, ["STOP"])
     ids = BYTES.encode("x STO")

@@ -103,6 +103,12 @@ def qwen2():
     return backend
 
 
+def without_nfc():
+    backend = qwen2()
+    backend.normalizer = None
+    return backend
+
+
 def with_bos(backend):
     backend.post_processor = processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     return backend
@@ -148,6 +154,7 @@ FOLDERS = {
     "gpt2_class_drops_digits": (lambda _: digits(), {"tokenizer_class": "GPT2Tokenizer", **NAMED}, "llama", False),
     "qwen2": (lambda _: qwen2(), {"tokenizer_class": "Qwen2Tokenizer", **NAMED}, "qwen2", True),
     "qwen2_whatever_it_says": (lambda _: byte_level(), {"tokenizer_class": "LlamaTokenizer", **NAMED}, "qwen2", False),
+    "qwen2_class_adds_nfc": (lambda _: without_nfc(), {"tokenizer_class": "Qwen2Tokenizer", **NAMED}, "qwen3", False),
     "qwen3": (lambda _: qwen2(), {"tokenizer_class": "Qwen2Tokenizer", **NAMED}, "qwen3", True),
     "llama2": (sentencepiece, LLAMA, "llama", True),
     "llama2_legacy": (lambda tmp: sentencepiece(tmp, "always"), {**LLAMA, "legacy": True}, "llama", True),
