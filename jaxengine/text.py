@@ -7,8 +7,7 @@ those (decoding all of it at once would replace them too).
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tokenizers.decoders import DecodeStream
 
@@ -27,8 +26,7 @@ class TextParams(Protocol):
     min_tokens: int
 
 
-@dataclass(frozen=True)
-class TextUpdate:
+class TextUpdate(NamedTuple):
     """What new tokens did to a text. `keep` of them count; those behind a stop string do not."""
 
     text_delta: str
@@ -62,6 +60,7 @@ class Detokenizer:
         self._tokenizer, self._stop, self._include_stop = tokenizer, tuple(stop), include_stop_str
         self._skip, self._spaces, self._min_tokens = skip_special_tokens, spaces_between_special_tokens, min_tokens
         self._longest = max(map(len, self._stop), default=0)
+        self._firsts = {stop[0] for stop in self._stop}
         self._ids: list[int] = []
         self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._pending = 0  # last ids whose text is not complete
@@ -139,12 +138,13 @@ class Detokenizer:
 
     def _held_back(self) -> int:
         """Characters at the end that could be the beginning of a stop string."""
-        if self._include_stop:
+        if self._longest < 2 or self._include_stop:
             return 0
-        for size in range(min(self._longest - 1, len(self._decoded)), 0, -1):
-            end = self._decoded[-size:]
-            if any(stop.startswith(end) for stop in self._stop):
-                return size
+        tail = self._decoded[1 - self._longest :]
+        if not self._firsts.isdisjoint(tail):
+            for at in range(len(tail)):
+                if any(stop.startswith(tail[at:]) for stop in self._stop):
+                    return len(tail) - at
         return 0
 
 
