@@ -300,7 +300,7 @@ def prompt_logprobs(
 
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
     found = jax.lax.map(one, (hidden, jnp.pad(targets, (0, padding)).reshape(-1, chunk)))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
+    return jax.tree.map(lambda x: x.reshape(count + padding, *x.shape[2:])[:count], found)
 
 
 def prompt_vocab_logprobs(hidden: jax.Array, head: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -109,8 +109,9 @@ def test_taken(name, value):
 
 def test_defaults_are_vllms():
     expected = {
-        "n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-        "repetition_penalty": 1.0, "seed": None, "max_tokens": 16, "min_tokens": 0, "logprobs": None, "prompt_logprobs": None,
+        "n": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0, "repetition_penalty": 1.0, "seed": None, "max_tokens": 16, "min_tokens": 0,
+        "logprobs": None, "prompt_logprobs": None,
         "ignore_eos": False, "include_stop_str_in_output": False, "detokenize": True, "skip_special_tokens": True,
         "spaces_between_special_tokens": True, "logit_bias": None, "allowed_token_ids": None,
     }  # fmt: skip
