@@ -18,7 +18,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 
 from jaxengine.config import EngineConfig
-from jaxengine.errors import JaxEngineError
+from jaxengine.errors import JaxEngineError, UnsupportedError
 from jaxengine.request import SamplingParams
 
 # Where the weights and the tokenizer come from: LLM's own arguments, which EngineConfig knows nothing of.
@@ -224,7 +224,7 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
 ) -> None:
     """Write a model's canonical parameters as an Orbax checkpoint, which `--model DESTINATION` then serves."""
-    raise NotImplementedError
+    raise UnsupportedError(f"convert {source} {destination}: not built yet")
 
 
 @bench.command()
