@@ -21,8 +21,9 @@ import tiny
 
 TOKENS = 48
 POSITIONS = [0, 5, 9, 17, 33, 47]
-SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
 GPT2_SIZES = {"vocab_size": 128, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
               "eos_token_id": 2}  # fmt: skip
 LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 32,
@@ -121,8 +122,9 @@ def make(name: str) -> tuple[dict[str, Any], np.ndarray]:
         logits, exact = (cast(model)(torch.tensor(token_ids[None])).logits[0, positions]
                          for cast in (torch.nn.Module.float, torch.nn.Module.double))  # fmt: skip
     error = float((logits - exact).abs().max() / exact.abs().max())
-    entry = {"config": saved, "tensors": shapes, "dtype": dtype, "token_ids": token_ids.tolist(), "positions": positions,
-             "max_model_len": max_model_len or 64, "input_hash": "", "float32_error": float(f"{error:.1e}")}  # fmt: skip
+    entry = {"config": saved, "tensors": shapes, "dtype": dtype, "token_ids": token_ids.tolist(),
+             "positions": positions, "max_model_len": max_model_len or 64, "input_hash": "",
+             "float32_error": float(f"{error:.1e}")}  # fmt: skip
     arrays = {key: tiny.tensor(key, tuple(shape), dtype) for key, shape in shapes.items()}
     entry["input_hash"] = tiny.input_hash(arrays, entry["token_ids"])
     return entry, logits.float().numpy()

@@ -1,7 +1,7 @@
 """Tiny random checkpoints, and what transformers computes from them. Needs neither torch nor transformers.
 
     write_checkpoint("llama_yarn", folder)      config.json and model.safetensors as HuggingFace writes them
-    reference("llama_yarn")                     token_ids [tokens], positions [n], logits float32 [n, vocab], max_model_len
+    reference("llama_yarn")                     token_ids, max_model_len, and logits float32 [n, vocab] at positions [n]
 
 `make_tiny.py` wrote the fixtures (tiny.json, tiny.npz) in an environment with torch. The weights are not among them:
 they are drawn here from a generator seeded by the tensor's name, and their hash is compared with the fixture's.
@@ -38,7 +38,7 @@ def config(name: str) -> dict[str, Any]:
 
 
 def uniform(seed: str, count: int) -> np.ndarray:
-    """float32 [count] of mean 0 and deviation 1, the same for every version of NumPy (raw bits are, `normal` may not be)."""
+    """float32 [count] of mean 0 and deviation 1, from raw bits: the same for every version of NumPy."""
     key = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:16], "little")
     raw = np.random.PCG64(key).random_raw(count) >> np.uint64(40)
     return ((raw.astype(np.float64) / 2**24 - 0.5) * math.sqrt(12)).astype(np.float32)
