@@ -1,0 +1,68 @@
+"""The paged KV arrays: cache groups, shapes, sizes, writes. Only this file and the attention layer know the layout.
+
+A page holds `page_size` tokens of one layer: K and V arrays are `[pages, kv_heads, page_size, head_dim]`. Page 0 is the
+null page: padding points there, and nothing is ever written to it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxengine.sharding import named_sharding
+
+AXES = ("page", "kv_heads", None, None)
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Layers whose caches have the same shape and lifetime; they share one page table."""
+
+    layers: tuple[int, ...]
+    window: int | None  # a token sees the last `window` positions, itself included; None = all
+    kv_heads: int
+    head_dim: int
+
+    def page_bytes(self, page_size: int, dtype) -> int:
+        """Bytes of one page in all layers of the group, K and V together."""
+        return 2 * len(self.layers) * self.kv_heads * page_size * self.head_dim * jnp.dtype(dtype).itemsize
+
+
+def cache_groups(windows: Sequence[int | None], kv_heads: int, head_dim: int) -> tuple[CacheGroup, ...]:
+    """One group for each distinct window, in the order in which the layers first show it."""
+    return tuple(
+        CacheGroup(tuple(i for i, w in enumerate(windows) if w == window), window, kv_heads, head_dim)
+        for window in dict.fromkeys(windows)
+    )
+
+
+class KVCache(NamedTuple):
+    """K and V of every layer, one array each: `[pages, kv_heads, page_size, head_dim]`. Donated to every step."""
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+    def with_layer(self, layer: int, k: jax.Array, v: jax.Array) -> "KVCache":
+        return KVCache((*self.k[:layer], k, *self.k[layer + 1 :]), (*self.v[:layer], v, *self.v[layer + 1 :]))
+
+
+def create_cache(groups: Sequence[CacheGroup], pages: Sequence[int], page_size: int, dtype, mesh: Mesh) -> KVCache:
+    """Zeroed pools with `pages[g]` pages, the null page included, for each group g."""
+    sharding = named_sharding(mesh, AXES)
+
+    def zeros(group: CacheGroup, count: int) -> jax.Array:
+        shape = (count, group.kv_heads, page_size, group.head_dim)
+        return jnp.zeros(shape, dtype, device=sharding)
+
+    by_layer = {layer: (group, count) for group, count in zip(groups, pages, strict=True) for layer in group.layers}
+    layers = [by_layer[i] for i in range(len(by_layer))]
+    return KVCache(tuple(zeros(*layer) for layer in layers), tuple(zeros(*layer) for layer in layers))
+
+
+def write_pages(pool: jax.Array, values: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+    """`values` [tokens, kv_heads, head_dim] into `pool` at (page, offset), both int32 [tokens]; page 0 is dropped."""
+    page = jnp.where(page == 0, pool.shape[0], page)  # out of range, which mode="drop" skips
+    return pool.at[page, :, offset].set(values.astype(pool.dtype), mode="drop", unique_indices=True)

@@ -1,0 +1,90 @@
+"""Paged attention in plain XLA, the default on CPU: online softmax over blocks of pages, as many as the longest row has.
+
+Loops with a trip count that is only known at run time are cheap on CPU, so one program serves every length.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxengine.layers.linear import precision
+
+BLOCK_TOKENS = 128  # keys per step of the loop
+
+
+def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, softcap=None):
+    """See pallas_kernels.paged_decode: q [R, Q, H, D], page_table [R, W], lengths [R] -> [R, Q, H, D]."""
+    rows, queries, heads, dim = q.shape
+    kv_heads = k_pages.shape[1]
+    q = q.reshape(rows, queries, kv_heads, -1, dim).swapaxes(1, 2).reshape(rows, kv_heads, -1, dim)
+    group = q.shape[2] // queries
+    positions = lengths[:, None] - queries + jnp.arange(queries)
+    positions = jnp.repeat(positions, group, axis=1)  # [R, queries * group]
+    first = (
+        0 if window is None else jnp.min(jnp.where(lengths > 0, jnp.maximum(lengths - queries + 1 - window, 0), 2**30))
+    )
+    out = _attend(q, k_pages, v_pages, page_table, positions, first, jnp.max(lengths), scale, window, softcap)
+    out = out.reshape(rows, kv_heads, queries, group, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
+    return jnp.where((lengths > 0)[:, None, None, None], out, 0)
+
+
+def paged_extend(
+    q, k_pages, v_pages, page_table, block_row, block_start, q_start, q_len, lengths,
+    *, block_q, scale, window=None, softcap=None,
+):  # fmt: skip
+    """See pallas_kernels.paged_extend: q [T, H, D] -> [T, H, D], zeros for tokens in no block."""
+    tokens, heads, dim = q.shape
+    kv_heads = k_pages.shape[1]
+    group = heads // kv_heads
+    padded = jnp.pad(q, ((0, block_q), (0, 0), (0, 0)))
+
+    def body(block, out):
+        row, start = block_row[block], block_start[block]
+        query = jax.lax.dynamic_slice_in_dim(padded, start, block_q).reshape(block_q, kv_heads, group, dim)
+        query = query.swapaxes(0, 1).reshape(1, kv_heads, -1, dim)
+        index = start + jnp.arange(block_q)
+        inside = index < q_start[row] + q_len[row]
+        position = jnp.where(inside, lengths[row] - q_len[row] + index - q_start[row], -1)
+        first = 0 if window is None else jnp.maximum(lengths[row] - q_len[row] + start - q_start[row] + 1 - window, 0)
+        result = _attend(query, k_pages, v_pages, page_table[row][None], jnp.repeat(position, group)[None],
+                         first, jnp.max(position) + 1, scale, window, softcap)  # fmt: skip
+        result = result.reshape(kv_heads, block_q, group, dim).swapaxes(0, 1).reshape(block_q, heads, dim)
+        old = jax.lax.dynamic_slice_in_dim(out, start, block_q)
+        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(inside[:, None, None], result, old), start, 0)
+
+    blocks = jnp.sum(block_row >= 0)
+    return jax.lax.fori_loop(0, blocks, body, jnp.zeros_like(padded))[:tokens]
+
+
+def _attend(q, k_pages, v_pages, table, positions, first, end, scale, window, softcap):
+    """q [R, KH, M, D] at positions [R, M] against keys first..end of each row's pages -> [R, KH, M, D]."""
+    page_size = k_pages.shape[2]
+    per_block = max(1, BLOCK_TOKENS // page_size)
+    block = per_block * page_size
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
+    heads = jnp.arange(k_pages.shape[1])[None, :, None]
+    dot = partial(jnp.einsum, precision=precision(q.dtype), preferred_element_type=jnp.float32)
+    shape = q.shape[:3]
+
+    def body(i, carry):
+        out, top, total = carry
+        pages = jax.lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1)[:, None, :]
+        k = k_pages[pages, heads].reshape(*shape[:2], block, -1)
+        v = v_pages[pages, heads].reshape(*shape[:2], block, -1)
+        scores = dot("rhmd,rhnd->rhmn", q, k.astype(q.dtype)) * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        key = (i * block + jnp.arange(block))[None, None, None]
+        seen = key <= positions[:, None, :, None]
+        if window is not None:
+            seen &= key > positions[:, None, :, None] - window
+        scores = jnp.where(seen, scores, -1e30)
+        new_top = jnp.maximum(top, scores.max(-1))
+        weight, decay = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0), jnp.exp(top - new_top)
+        out = out * decay[..., None] + dot("rhmn,rhnd->rhmd", weight.astype(q.dtype), v.astype(q.dtype))
+        return out, new_top, total * decay + weight.sum(-1)
+
+    start = jnp.zeros(q.shape, jnp.float32), jnp.full(shape, -1e30), jnp.zeros(shape)
+    out, _, total = jax.lax.fori_loop(first // block, (end + block - 1) // block, body, start)
+    return (out / jnp.where(total == 0, 1, total)[..., None]).astype(q.dtype)
