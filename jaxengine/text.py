@@ -151,12 +151,14 @@ class Detokenizer:
 class TextSink:
     """The detokenizers of all running outputs, in the form that the engine's commit wants. For one thread."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer | None):
+        """None: only for outputs that are not detokenized."""
         self._tokenizer = tokenizer
         self._outputs: dict[Hashable, Detokenizer | None] = {}
 
     def open(self, key: Hashable, prompt_ids: Sequence[int], params: TextParams) -> None:
         """Starts an output; `params` are its SamplingParams. `prompt_ids` do not enter into its text."""
+        assert self._tokenizer is not None or not params.detokenize
         self._outputs[key] = (
             Detokenizer(
                 self._tokenizer,
@@ -166,7 +168,7 @@ class TextSink:
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
                 min_tokens=params.min_tokens,
             )
-            if params.detokenize
+            if params.detokenize and self._tokenizer
             else None
         )
 

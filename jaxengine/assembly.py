@@ -1,0 +1,188 @@
+"""The parts of an engine, made in order: checkpoint, tokenizer, weights, memory plan, runner, scheduler, engine."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.engine.batch import Buckets, powers_of_two
+from jaxengine.engine.engine import Engine
+from jaxengine.engine.runner import Runner
+from jaxengine.engine.scheduler import Scheduler
+from jaxengine.errors import ConfigError, MemoryPlanError
+from jaxengine.frontend import Frontend
+from jaxengine.kv_cache import cache_groups
+from jaxengine.memory import Sizes, plan_pages, temporary_bytes
+from jaxengine.models import prepare
+from jaxengine.progress import counting_bar
+from jaxengine.sharding import create_mesh
+from jaxengine.text import TextSink
+from jaxengine.tokenizer import Tokenizer
+from jaxengine.weights import Checkpoint, load_params, open_checkpoint
+from jaxengine.weights.hub import locate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlatformDefaults:
+    """What a device does well, where the user did not say."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    smallest_tokens: int  # the smallest bucket of a step with prompts
+    block_q: int  # query tokens in a block of the extend kernel
+    attention: str
+
+
+PLATFORMS = {
+    "cpu": PlatformDefaults(32, 512, 16, 32, "xla"),
+    "gpu": PlatformDefaults(256, 4096, 64, 64, "triton"),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    config: EngineConfig
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    sampling_defaults: Mapping[str, Any]
+    frontend: Frontend
+    runner: Runner
+    engine: Engine
+
+
+def assemble(
+    *,
+    model: str | os.PathLike,
+    tokenizer: str | os.PathLike | None,
+    config: EngineConfig,
+    **source: Any,
+) -> Parts:
+    """`source` goes to weights.open_checkpoint. Raises what LLM says."""
+    _set_compilation_cache(config.compilation_cache)
+    checkpoint = open_checkpoint(model, **source)
+    mesh = config.mesh or create_mesh()
+    device = mesh.devices.flat[0]
+    if device.platform not in PLATFORMS:
+        raise ConfigError(f"{device.platform=} is not one of {sorted(PLATFORMS)}")
+    defaults = PLATFORMS[device.platform]
+    config = _resolve(config, checkpoint.config, defaults, device)
+    assert config.max_model_len and config.max_num_seqs and config.max_num_batched_tokens
+    sizes = Sizes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.page_size)
+    words = _load_tokenizer(tokenizer, checkpoint, source.get("download_dir"))
+    params = _load_weights(checkpoint, config, mesh)
+    groups = cache_groups(checkpoint.config.windows, checkpoint.config.num_kv_heads, checkpoint.config.head_dim)
+    temporary = temporary_bytes(checkpoint.config, sizes, config.max_logprobs, config.dtype, config.attention)
+    num_pages = plan_pages(config, checkpoint.config, groups, sizes, config.kv_cache_dtype, temporary, device)
+    buckets = Buckets(
+        rows=powers_of_two(1, sizes.max_num_seqs),
+        tokens=powers_of_two(min(defaults.smallest_tokens, sizes.max_num_batched_tokens), sizes.max_num_batched_tokens),
+        block_q=defaults.block_q,
+        page_size=sizes.page_size,
+        groups=len(groups),
+        max_num_seqs=sizes.max_num_seqs,
+    )
+    runner = Runner(
+        config, checkpoint.config, params, groups=groups, num_pages=num_pages, buckets=buckets,
+        max_model_len=sizes.max_model_len, cache_dtype=config.kv_cache_dtype, attention=config.attention,
+        temporary_bytes=temporary, mesh=mesh,
+    )  # fmt: skip
+    scheduler = Scheduler(
+        groups, num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens, enable_prefix_caching=config.enable_prefix_caching,
+        priority_aging_steps=config.priority_aging_steps,
+    )  # fmt: skip
+    frontend = Frontend(
+        words, vocab_size=checkpoint.config.vocab_size, max_model_len=sizes.max_model_len,
+        max_logprobs=config.max_logprobs, eos_token_ids=checkpoint.config.eos_token_ids, seed=config.seed,
+    )  # fmt: skip
+    engine = Engine(
+        scheduler,
+        runner,
+        buckets,
+        TextSink(words),
+        vocab_size=checkpoint.config.vocab_size,
+        steps_in_flight=config.steps_in_flight,
+        is_device_error=lambda error: isinstance(error, jax.errors.JaxRuntimeError),
+    )
+    if config.warmup:
+        with counting_bar("Compiling") as progress:
+            runner.warmup(progress)
+    return Parts(config, checkpoint.config, words, checkpoint.sampling_defaults, frontend, runner, engine)
+
+
+def _resolve(config: EngineConfig, model: ModelConfig, defaults: PlatformDefaults, device: jax.Device) -> EngineConfig:
+    """The same config with every None and "auto" decided. Raises ConfigError."""
+    longest = model.max_position_embeddings
+    length = config.max_model_len or longest
+    if length > longest:
+        raise ConfigError(
+            f"max_model_len={length} exceeds the {longest} positions the model was made for; a rope scaling in "
+            "hf_overrides may extend them"
+        )
+    if length < 2:
+        raise ConfigError(f"max_model_len={length} must hold a token of prompt and one of output")
+    rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    if rows and tokens and tokens < rows:
+        raise ConfigError(f"max_num_batched_tokens={tokens} must be at least max_num_seqs={rows}: a token for each row")
+    rows = rows or min(defaults.max_num_seqs, tokens or defaults.max_num_seqs)
+    tokens = tokens or max(rows, defaults.max_num_batched_tokens)
+    dtype = config.dtype
+    if dtype == "auto":
+        wide = model.dtype if model.dtype in ("float16", "bfloat16") else "bfloat16"
+        dtype = "float32" if device.platform == "cpu" else wide
+    attention = defaults.attention if config.attention == "auto" else config.attention
+    if attention == "triton" and device.platform != "gpu":
+        raise ConfigError(f"attention='triton' needs an NVIDIA GPU, this is a {device.platform}; use 'auto' or 'xla'")
+    cache_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    logger.info(
+        "%s on %s: dtype=%s kv_cache_dtype=%s attention=%s max_model_len=%d max_num_seqs=%d max_num_batched_tokens=%d",
+        model.model_type, device, dtype, cache_dtype, attention, length, rows, tokens,
+    )  # fmt: skip
+    return replace(
+        config, max_model_len=length, max_num_seqs=rows, max_num_batched_tokens=tokens, dtype=dtype,
+        kv_cache_dtype=cache_dtype, attention=attention,
+    )  # fmt: skip
+
+
+def _load_tokenizer(
+    named: str | os.PathLike | None, checkpoint: Checkpoint, download_dir: str | None
+) -> Tokenizer | None:
+    """The tokenizer of that name, or the checkpoint's; None: there is none, and token ids are all that is served."""
+    if named is not None:
+        return Tokenizer.load(locate(named, None, download_dir, weights=False))
+    return None if checkpoint.tokenizer_source is None else Tokenizer.load(checkpoint.tokenizer_source)
+
+
+def _load_weights(checkpoint: Checkpoint, config: EngineConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Parameters as the step runs them. Raises MemoryPlanError when they do not fit."""
+    try:
+        with counting_bar("Loading weights", show=logger.isEnabledFor(logging.INFO)) as progress:
+            params = load_params(checkpoint, config.dtype, mesh, seed=config.seed, on_tensor=progress)
+        return prepare(checkpoint.config, params, config.fuse_weights)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryPlanError(
+            f"the weights do not fit into the device's memory ({error}); close() an engine that is no longer used, or "
+            "give jax more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+        ) from error
+
+
+def _set_compilation_cache(choice: bool | str | Path) -> None:
+    """Where compiled programs are kept between processes. A setting of the whole process: one that is there stays."""
+    if choice is False:
+        return
+    if choice is True:
+        if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+            return
+        choice = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jaxengine" / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(choice))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

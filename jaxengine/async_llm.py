@@ -1,0 +1,119 @@
+"""LLM for asyncio: one engine in the background, many callers."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Self
+
+from jaxengine.errors import EngineError
+from jaxengine.llm import LLM
+from jaxengine.request import RequestOutput, SamplingParams
+from jaxengine.tokenizer import Tokenizer
+
+
+class AsyncLLM:
+    """The same engine and options as LLM; `generate` and `chat` are asynchronous iterators, as many at once as needed.
+
+    >>> async def answer():
+    ...     async with AsyncLLM() as llm:
+    ...         async for output in llm.generate("import", SamplingParams(temperature=0, max_tokens=4)):
+    ...             pass
+    ...     return output.finished
+    >>> asyncio.run(answer())
+    True
+    """
+
+    def __init__(self, model: Any = None, **options: Any):
+        """See LLM."""
+        self._llm = LLM(model, **options)
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of one request as they grow: cumulative, deltas or the final one (SamplingParams.output_kind).
+
+        prompt: a text, a list of token ids or a dict, as for LLM.generate. Leaving the iteration early, or cancelling
+        the task, ends the request. Raises RequestError for bad input, EngineError when the engine cannot go on.
+        """
+        frontend = self._llm.frontend
+        [parsed] = frontend.token_ids([prompt])
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        request = frontend.request(parsed, params, priority, request_id)
+        outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        events = asyncio.get_running_loop()
+
+        def tell(output: RequestOutput) -> None:
+            if not events.is_closed():
+                events.call_soon_threadsafe(outputs.put_nowait, output)
+
+        self._llm.start(request, tell, every_step=True)
+        finished = False
+        try:
+            while not finished:
+                output = await outputs.get()
+                finished = output.finished
+                if isinstance(output.error, EngineError):
+                    self._llm.raise_if_ended()
+                yield output
+        finally:
+            if not finished:
+                self._llm.abort([request.request_id])
+
+    async def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Answers one conversation; otherwise like `generate`, and with LLM.chat's arguments."""
+        [prompt] = self._llm.chat_prompts(
+            [messages], tools=tools, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
+        )  # fmt: skip
+        async for output in self.generate(prompt, sampling_params, request_id, priority=priority):
+            yield output
+
+    def encode(self, text: str | Sequence[str], add_special_tokens: bool = True) -> list[int] | list[list[int]]:
+        """Token ids of a text, or of each text."""
+        return self._llm.encode(text, add_special_tokens)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Raises RequestError for a model without one."""
+        return self._llm.get_tokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds when no sampling parameters are given."""
+        return self._llm.get_default_sampling_params()
+
+    async def get_metrics(self) -> dict[str, Any]:
+        """See LLM.get_metrics."""
+        return await asyncio.to_thread(self._llm.get_metrics)
+
+    async def reset_prefix_cache(self) -> None:
+        """See LLM.reset_prefix_cache."""
+        await asyncio.to_thread(self._llm.reset_prefix_cache)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its iterator gives one more output, with finish_reason "abort"."""
+        self._llm.abort([request_id])
+
+    async def close(self) -> None:
+        """Ends every request and gives the memory back; a second call does nothing."""
+        await asyncio.to_thread(self._llm.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()

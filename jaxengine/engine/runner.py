@@ -1,0 +1,441 @@
+"""The device side of the engine: parameters, KV cache, slots, and the jitted programs over them.
+
+The runner's only inputs are StepInputs and a few commands. Programs take flat leaves: NNX is split once.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.engine.batch import Buckets
+from jaxengine.kv_cache import AXES, CacheGroup, create_cache
+from jaxengine.layers.attention import AttentionInputs
+from jaxengine.models import build
+from jaxengine.request import MAX_LOGIT_BIAS
+from jaxengine.sampling import (
+    SamplingFields,
+    count_row,
+    count_tokens,
+    prompt_logprobs,
+    prompt_vocab_logprobs,
+    sample,
+)
+from jaxengine.sharding import named_sharding
+from jaxengine.step import (
+    SLOT_FLOATS,
+    SLOT_INTS,
+    LogitWrite,
+    Mode,
+    SlotWrite,
+    StepInputs,
+    StepOutputs,
+    packed_size,
+    unpack,
+)
+
+logger = logging.getLogger(__name__)
+PROMPT_CHUNK = 128  # prompt tokens whose logits exist at a time
+SLOT_BATCH = 8  # slots written by one call
+MODES: tuple[Mode, ...] = ("greedy", "sampled", "everything")
+
+
+class Slots(NamedTuple):
+    """What every step reads of its rows' slots. Slot `max_num_seqs` is the null slot, for padding."""
+
+    last_token: jax.Array  # int32 [slots]
+    tables: jax.Array  # int32 [groups, slots, columns]
+    ints: jax.Array  # int32 [slots, SLOT_INTS]
+    floats: jax.Array  # float32 [slots, SLOT_FLOATS]
+
+
+class LogitRules(NamedTuple):
+    """What only the `everything` program reads of them."""
+
+    counts: jax.Array  # int16 [slots, vocab], see sampling.count_tokens
+    mask: jax.Array  # uint32 [slots, words]
+    bias_ids: jax.Array  # int32 [slots, MAX_LOGIT_BIAS], -1 = none
+    bias_values: jax.Array  # float32 [slots, MAX_LOGIT_BIAS]
+
+
+class Flight:
+    """A step on its way: results are being copied to the host while others are computed."""
+
+    def __init__(self, arrays: Mapping[str, Any], prompt_vocab: Sequence[np.ndarray]):
+        self._arrays, self._prompt_vocab = arrays, prompt_vocab
+        for array in jax.tree.leaves(arrays):
+            array.copy_to_host_async()
+
+    def result(self) -> StepOutputs:
+        """Waits for the device. Raises what the device raised."""
+        host: dict[str, Any] = jax.tree.map(np.asarray, dict(self._arrays))
+        tokens = host.pop("tokens", np.zeros(0, np.int32))[:, None]
+        return StepOutputs(tokens, np.ones(len(tokens), np.int32), **host, prompt_vocab=self._prompt_vocab)
+
+
+class Runner:
+    """Owns everything on the device. `submit` returns at once; `Flight.result` waits."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        params: Mapping[str, jax.Array],
+        *,
+        groups: Sequence[CacheGroup],
+        num_pages: Sequence[int],
+        buckets: Buckets,
+        max_model_len: int,
+        cache_dtype: str,
+        attention: str,
+        temporary_bytes: int,
+        mesh: Mesh,
+    ):
+        self.config, self.model, self.mesh, self.buckets = config, model, mesh, buckets
+        self.groups, self.num_pages, self.cache_dtype, self.attention = groups, num_pages, cache_dtype, attention
+        self.max_model_len, self.temporary_bytes = max_model_len, temporary_bytes
+        self.layer_group = tuple(
+            next(g for g, group in enumerate(groups) if i in group.layers) for i in range(model.num_layers)
+        )
+        self._graph, state = nnx.split(build(model, params, max_model_len))
+        self._leaves, self._tree = jax.tree.flatten(state)
+        self.vocab_size = model.vocab_size
+        self._programs: dict[tuple, Any] = {}
+        self.compilations = CompilationCounter()
+        self.reset()
+
+    def reset(self) -> None:
+        """Fresh, empty device state: after a failure the donated arrays are gone."""
+        replicated = named_sharding(self.mesh)
+        slots, columns = self.buckets.max_num_seqs + 1, -(-self.max_model_len // self.config.page_size)
+
+        def array(shape, dtype, fill=0):
+            return jnp.full(shape, fill, dtype, device=replicated)
+
+        self._cache = create_cache(self.groups, self.num_pages, self.config.page_size, self.cache_dtype, self.mesh)
+        self._slots = Slots(
+            array((slots,), jnp.int32),
+            array((len(self.groups), slots, columns), jnp.int32),
+            array((slots, len(SLOT_INTS)), jnp.int32),
+            array((slots, len(SLOT_FLOATS)), jnp.float32),
+        )
+        self._rules = LogitRules(
+            array((slots, self.vocab_size), jnp.int16),
+            array((slots, -(-self.vocab_size // 32)), jnp.uint32),
+            array((slots, MAX_LOGIT_BIAS), jnp.int32, -1),
+            array((slots, MAX_LOGIT_BIAS), jnp.float32),
+        )
+
+    def close(self) -> None:
+        """Frees the device memory that the engine made; parameters are freed when their owner drops them."""
+        for array in jax.tree.leaves((self._cache, self._slots, self._rules)):
+            array.delete()
+        self._leaves, self._programs = [], {}
+        self.compilations.close()
+
+    # -- one step
+
+    def submit(self, inputs: StepInputs) -> Flight:
+        """Starts a step on the device and returns at once."""
+        self._write_slots(inputs.slot_writes)
+        for write in inputs.logit_writes:
+            self._write_rules(write)
+        for write in inputs.mask_writes:
+            mask = self._run("write_mask", (), self._rules.mask, np.int32(write.slot), write.mask)
+            self._rules = self._rules._replace(mask=mask)
+        if inputs.kind == "decode":
+            key = (inputs.bucket, inputs.mode)
+            self._cache, last, tables, tokens = self._run(
+                "decode", key, self._leaves, self._cache, *self._slots, inputs.packed
+            )
+            self._slots = self._slots._replace(last_token=last, tables=tables)
+            return Flight({"tokens": tokens}, ())
+        return self._submit_mixed(inputs)
+
+    def _submit_mixed(self, inputs: StepInputs) -> Flight:
+        self._cache, tables, hidden, rows = self._run(
+            "mixed",
+            (inputs.bucket,),
+            self._leaves,
+            self._cache,
+            self._slots.last_token,
+            self._slots.tables,
+            inputs.packed,
+        )
+        self._slots = self._slots._replace(tables=tables)
+        arrays: dict[str, Any] = {}
+        if inputs.head_bucket is not None:
+            key = (inputs.head_bucket, inputs.mode, inputs.whole_vocab)
+            rules = self._rules if inputs.mode == "everything" else ()
+            last, rules, arrays = self._run("head", key, self._leaves, rows, *self._slots, rules, inputs.head_packed)
+            self._slots = self._slots._replace(last_token=last)
+            self._rules = rules or self._rules
+        spans = []
+        if inputs.prompt_targets is not None:
+            found = self._run("prompt", (inputs.bucket.tokens,), self._leaves, hidden, inputs.prompt_targets)
+            arrays = {**arrays, "prompt": found}
+            # The whole vocabulary goes to the host chunk by chunk: on the device it would not fit.
+            spans = [self._vocab_logprobs(hidden, *span) for span in inputs.prompt_vocab_spans]
+        return Flight(arrays, spans)
+
+    def _vocab_logprobs(self, hidden: jax.Array, start: int, end: int) -> np.ndarray:
+        chunk = min(PROMPT_CHUNK, hidden.shape[0])
+        parts = []
+        for first in range(start, end, chunk):
+            first_row = min(first, hidden.shape[0] - chunk)
+            part = np.asarray(self._run("prompt_vocab", (hidden.shape[0],), self._leaves, hidden, np.int32(first_row)))
+            parts.append(part[first - first_row : min(end, first + chunk) - first_row])
+        return np.concatenate(parts)
+
+    def _write_slots(self, writes: Sequence[SlotWrite]) -> None:
+        columns = self._slots.tables.shape[2]
+        for i in range(0, len(writes), SLOT_BATCH):
+            batch = writes[i : i + SLOT_BATCH]
+            slots = np.full(SLOT_BATCH, self.buckets.max_num_seqs, np.int32)
+            ints = np.zeros((SLOT_BATCH, len(SLOT_INTS)), np.int32)
+            floats = np.zeros((SLOT_BATCH, len(SLOT_FLOATS)), np.float32)
+            tables = np.zeros((len(self.groups), SLOT_BATCH, columns), np.int32)
+            for j, write in enumerate(batch):
+                slots[j], ints[j], floats[j] = write.slot, write.ints, write.floats
+                for g, pages in enumerate(write.pages):
+                    tables[g, j, : len(pages)] = pages
+            new = self._run("write_slots", (), *self._slots[1:], slots, tables, ints, floats)
+            self._slots = Slots(self._slots.last_token, *new)
+
+    def _write_rules(self, write: LogitWrite) -> None:
+        tokens = np.zeros(self.max_model_len, np.int32)
+        tokens[: len(write.tokens)] = write.tokens
+        ids, values = np.full(MAX_LOGIT_BIAS, -1, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
+        ids[: len(write.bias)] = list(write.bias)
+        values[: len(write.bias)] = list(write.bias.values())
+        sizes = np.array([write.slot, write.num_prompt, len(write.tokens)], np.int32)
+        self._rules = self._run("write_rules", (), self._rules, sizes, tokens, write.mask, ids, values)
+
+    # -- programs
+
+    def _run(self, name: str, key: tuple, *arguments: Any) -> Any:
+        """Calls a program, compiled now if it is needed for the first time."""
+        program = self._programs.get((name, *key))
+        if program is None:
+            program = self._lower(name, key, arguments).compile()
+            self._keep(name, key, program)
+        return program(*arguments)
+
+    def _keep(self, name: str, key: tuple, program: Any) -> None:
+        """Notes a compiled program, and says when it needs more memory than was planned for."""
+        self._programs[name, *key] = program
+        size = program.memory_analysis()
+        if size is not None and size.temp_size_in_bytes > self.temporary_bytes:
+            logger.warning("program %s %s needs %d bytes of temporary memory, %d were planned",
+                           name, key, size.temp_size_in_bytes, self.temporary_bytes)  # fmt: skip
+
+    def _lower(self, name: str, key: tuple, arguments: tuple) -> Any:
+        cache, rest = named_sharding(self.mesh, AXES), named_sharding(self.mesh)
+        # Output shardings are pinned: one that drifts would compile the next step again.
+        function, donated, out = {
+            "decode": (self._decode, (1, 2, 3), (cache, rest, rest, rest)),
+            "mixed": (self._mixed, (1, 3), (cache, rest, rest, rest)),
+            "head": (self._head, (2, 6), rest),
+            "prompt": (self._prompt, (), rest),
+            "prompt_vocab": (self._prompt_vocab, (), rest),
+            "write_slots": (_write_slots, (0, 1, 2), rest),
+            "write_rules": (_write_rules, (0,), rest),
+            "write_mask": (_write_mask, (0,), rest),
+        }[name]
+        return jax.jit(partial(function, *key), donate_argnums=donated, out_shardings=out).lower(*arguments)
+
+    def _model(self, leaves: Sequence[jax.Array]) -> Any:
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
+
+    def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, packed):
+        """One new token for each row, head and sampler included."""
+        step = unpack("decode", bucket, packed)
+        tables = _update_tables(tables, step["page_updates"])
+        lengths, slots = step["lengths"], step["slots"]
+        positions = jnp.maximum(lengths - 1, 0)
+        tokens = jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
+        row_tables = tuple(table[slots] for table in tables)
+        page, offset = self._places(row_tables, jnp.where(lengths > 0, jnp.arange(bucket.rows), -1), positions)
+        inputs = AttentionInputs(positions, page, offset, row_tables, lengths, None, None, None, None,
+                                 self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
+        model = self._model(leaves)
+        x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
+        fields = _sampling_fields(ints[slots], floats[slots], lengths)
+        drawn = sample(model.head(x), fields, mode, 0, self.config.logprobs_mode).tokens
+        return cache, last_token.at[slots].set(drawn), tables, drawn
+
+    def _mixed(self, bucket, leaves, cache, last_token, tables, packed):
+        """Rows of one token and chunks of prompts in one flat batch; the head comes in a program of its own."""
+        step = unpack("mixed", bucket, packed)
+        tables = _update_tables(tables, step["page_updates"])
+        row, positions, slots = step["token_row"], step["positions"], step["slots"]
+        tokens = jnp.where(step["tokens"] < 0, last_token[slots[row]], step["tokens"])
+        row_tables = tuple(table[slots] for table in tables)
+        page, offset = self._places(row_tables, row, positions)
+        inputs = AttentionInputs(positions, page, offset, row_tables, step["lengths"], step["q_start"], step["q_len"],
+                                 step["block_row"], step["block_start"],
+                                 self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
+        model = self._model(leaves)
+        x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
+        rows = x[step["logit_index"]]
+        return cache, tables, x, jnp.pad(rows, ((0, self.buckets.max_num_seqs - len(rows)), (0, 0)))
+
+    def _places(self, tables, row, positions):
+        """Page (0 for padding) and offset in it where each token's K and V go, per cache group."""
+        size = self.config.page_size
+        page = tuple(jnp.where(row < 0, 0, table[row, positions // size]) for table in tables)
+        return page, positions % size
+
+    def _head(self, bucket, mode, whole_vocab, leaves, rows, last_token, tables, ints, floats, rules, packed):
+        """Logits and sampling for the first rows of `rows`."""
+        step = unpack("head", bucket, packed)
+        slots = step["slots"]
+        logits = self._model(leaves).head(rows[: bucket.rows])
+        fields = _sampling_fields(ints[slots], floats[slots], step["positions"], slots, rules)
+        top = self.config.max_logprobs if mode == "everything" else 0
+        drawn = sample(logits, fields, mode, top, self.config.logprobs_mode, whole_vocab)
+        last_token = last_token.at[slots].set(drawn.tokens)
+        if mode != "everything":
+            return last_token, (), {"tokens": drawn.tokens}
+        rules = rules._replace(counts=count_tokens(rules.counts, slots, drawn.tokens))
+        return last_token, rules, drawn._asdict()
+
+    def _prompt(self, tokens, leaves, hidden, targets):
+        head = self._model(leaves).head
+        return prompt_logprobs(hidden, head, targets, self.config.max_logprobs, min(PROMPT_CHUNK, tokens))
+
+    def _prompt_vocab(self, tokens, leaves, hidden, first):
+        chunk = jax.lax.dynamic_slice_in_dim(hidden, first, min(PROMPT_CHUNK, tokens))
+        return prompt_vocab_logprobs(chunk, self._model(leaves).head)
+
+    # -- warm-up
+
+    def warmup(self, on_program: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compiles every program that a step can need: lowered one after another, compiled in threads.
+
+        `on_program(done, total)` reports progress.
+        """
+        jobs = self._all_programs()
+        lowered = [self._lower(*job) for job in jobs]
+        with ThreadPoolExecutor() as pool:
+            for done, (job, program) in enumerate(zip(jobs, pool.map(lambda low: low.compile(), lowered)), 1):
+                self._keep(job[0], job[1], program)
+                on_program(done, len(jobs))
+        self.compilations.mark_warm()
+
+    def _all_programs(self) -> list[tuple[str, tuple, tuple]]:
+        """(name, static key, arguments) of every program; arguments are the live arrays or NumPy stand-ins."""
+        rows_max, hidden = self.buckets.max_num_seqs, self.model.hidden_size
+        replicated, dtype = named_sharding(self.mesh), self._leaves[0].dtype
+
+        def device(shape):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+
+        slots, rules, leaves = self._slots, self._rules, self._leaves
+        columns, words = slots.tables.shape[2], rules.mask.shape[1]
+        jobs: list[tuple[str, tuple, tuple]] = []
+        for rows in self.buckets.rows:
+            bucket = self.buckets.decode(rows)
+            packed = np.zeros(packed_size("decode", bucket), np.int32)
+            jobs += [("decode", (bucket, mode), (leaves, self._cache, *slots, packed)) for mode in MODES[:2]]
+            bucket = self.buckets.head(rows)
+            packed = np.zeros(packed_size("head", bucket), np.int32)
+            for mode, whole in (*((mode, False) for mode in MODES), ("everything", True)):
+                arguments = (leaves, device((rows_max, hidden)), *slots, rules if mode == "everything" else (), packed)
+                jobs.append(("head", (bucket, mode, whole), arguments))
+        for tokens in self.buckets.tokens:
+            bucket = self.buckets.mixed(tokens)
+            packed = np.zeros(packed_size("mixed", bucket), np.int32)
+            jobs.append(("mixed", (bucket,), (leaves, self._cache, slots.last_token, slots.tables, packed)))
+            jobs.append(("prompt", (tokens,), (leaves, device((tokens, hidden)), np.zeros(tokens, np.int32))))
+            jobs.append(("prompt_vocab", (tokens,), (leaves, device((tokens, hidden)), np.int32(0))))
+        batch = (
+            np.zeros(SLOT_BATCH, np.int32),
+            np.zeros((len(self.groups), SLOT_BATCH, columns), np.int32),
+            np.zeros((SLOT_BATCH, len(SLOT_INTS)), np.int32),
+            np.zeros((SLOT_BATCH, len(SLOT_FLOATS)), np.float32),
+        )
+        jobs.append(("write_slots", (), (*slots[1:], *batch)))
+        mask, ids, values = (
+            np.zeros(words, np.uint32),
+            np.zeros(MAX_LOGIT_BIAS, np.int32),
+            np.zeros(MAX_LOGIT_BIAS, np.float32),
+        )
+        tokens = np.zeros(self.max_model_len, np.int32)
+        jobs.append(("write_rules", (), (rules, np.zeros(3, np.int32), tokens, mask, ids, values)))
+        jobs.append(("write_mask", (), (rules.mask, np.int32(0), mask)))
+        return jobs
+
+
+class CompilationCounter:
+    """Counts the compilations of the whole process; `after_warmup` is what should stay zero."""
+
+    def __init__(self):
+        self.total, self._warm = 0, None
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+        self.total += event == "/jax/core/compile/backend_compile_duration"
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def mark_warm(self) -> None:
+        self._warm = self.total
+
+    @property
+    def after_warmup(self) -> int | None:
+        """None before the first warm-up."""
+        return None if self._warm is None else self.total - self._warm
+
+
+def _update_tables(tables: jax.Array, updates: jax.Array) -> jax.Array:
+    """tables [groups, slots, columns]; updates [groups, n, 3] of (slot, column, page); padding hits the null slot."""
+    groups = jnp.arange(len(tables))[:, None]
+    return tables.at[groups, updates[:, :, 0], updates[:, :, 1]].set(updates[:, :, 2], mode="drop")
+
+
+def _write_slots(tables, ints, floats, slots, new_tables, new_ints, new_floats):
+    return tables.at[:, slots].set(new_tables), ints.at[slots].set(new_ints), floats.at[slots].set(new_floats)
+
+
+def _write_mask(mask, slot, new_mask):
+    return mask.at[slot].set(new_mask)
+
+
+def _write_rules(rules: LogitRules, sizes, tokens, mask, bias_ids, bias_values) -> LogitRules:
+    slot, num_prompt, num_tokens = sizes[0], sizes[1], sizes[2]
+    return LogitRules(
+        rules.counts.at[slot].set(count_row(tokens, num_prompt, num_tokens, rules.counts.shape[1])),
+        rules.mask.at[slot].set(mask),
+        rules.bias_ids.at[slot].set(bias_ids),
+        rules.bias_values.at[slot].set(bias_values),
+    )
+
+
+def _sampling_fields(ints, floats, positions, slots=None, rules=()) -> SamplingFields:
+    """The rows' slots as the sampler wants them; without rules the arrays of the `everything` program are absent."""
+    top_k, low, high, index, edits = (ints[:, i] for i in range(len(SLOT_INTS)))
+    values = dict(zip(("temperature", "top_p", "min_p", "presence", "frequency", "repetition"), floats.T, strict=True))
+    seed = jax.lax.bitcast_convert_type(jnp.stack([low, high], axis=1), jnp.uint32)
+    fields = SamplingFields(top_k=top_k, seed=seed, sample_index=index, position=positions, **values)
+    if not rules:
+        return fields
+    edited = (edits != 0)[:, None]  # a slot that edits nothing may hold its last owner's rules
+    return dataclasses.replace(
+        fields,
+        counts=jnp.where(edited, rules.counts[slots], 0),
+        mask=jnp.where(edited, rules.mask[slots], jnp.uint32(0xFFFFFFFF)),
+        bias_ids=jnp.where(edited, rules.bias_ids[slots], -1),
+        bias_values=rules.bias_values[slots],
+    )

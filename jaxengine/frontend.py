@@ -1,0 +1,218 @@
+"""Prompts become the engine's requests, and the engine's requests become outputs."""
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from jaxengine.engine.sequence import Request
+from jaxengine.engine.sequence import Sequence as EngineSequence
+from jaxengine.errors import RequestError
+from jaxengine.request import CompletionOutput, Logprobs, RequestMetrics, RequestOutput, SamplingParams
+from jaxengine.tokenizer import Tokenizer
+
+PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
+
+
+class Frontend:
+    """Knows the model's limits and its tokenizer; makes no step."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        max_logprobs: int,
+        eos_token_ids: Sequence[int],
+        seed: int,
+    ):
+        self.tokenizer, self.vocab_size, self.max_model_len = tokenizer, vocab_size, max_model_len
+        self.max_logprobs, self.eos_token_ids, self.seed = max_logprobs, tuple(eos_token_ids), seed
+        self._arrivals = itertools.count()
+        self._longest_prompt = max_model_len - 1  # one token at least is drawn
+
+    def token_ids(self, prompts: Sequence[Any]) -> list[Any]:
+        """The prompts with every text encoded, all at once: {"prompt", "prompt_token_ids", "cache_salt"} each."""
+        parsed = [_parse(prompt) for prompt in prompts]
+        texts = [p["prompt"] for p in parsed if p["prompt_token_ids"] is None]
+        encoded = iter(self._tokenizer_for("a text prompt").encode_batch(texts) if texts else ())
+        return [p if p["prompt_token_ids"] is not None else p | {"prompt_token_ids": next(encoded)} for p in parsed]
+
+    def request(
+        self, prompt: Mapping[str, Any], params: SamplingParams, priority: int = 0, request_id: str | None = None
+    ) -> Request:
+        """The request for a prompt from `token_ids`. Raises RequestError that names what cannot be served."""
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params={params!r} must be SamplingParams")
+        if not isinstance(priority, int):
+            raise RequestError(f"{priority=} must be an integer; smaller goes first")
+        ids = self._checked_ids(prompt["prompt_token_ids"], prompt["prompt"])
+        params.validate_for(self.vocab_size, self.max_logprobs)
+        room = self.max_model_len - len(ids)
+        if params.min_tokens > room:
+            raise RequestError(
+                f"min_tokens={params.min_tokens} and a prompt of {len(ids)} tokens exceed "
+                f"max_model_len={self.max_model_len}"
+            )
+        if params.prompt_logprobs_start >= len(ids):
+            raise RequestError(
+                f"prompt_logprobs_start={params.prompt_logprobs_start} is past the prompt's {len(ids)} tokens"
+            )
+        if params.detokenize or params.bad_words:
+            self._tokenizer_for("text (detokenize=True)" if params.detokenize else "bad_words")
+        number = next(self._arrivals)
+        ends = () if params.ignore_eos else self.eos_token_ids
+        bad_words = self._bad_word_ids(params.bad_words)
+        now = time.time()
+        return Request(
+            request_id=str(number) if request_id is None else request_id,
+            prompt=prompt["prompt"],
+            prompt_token_ids=ids,
+            params=params,
+            eos_token_ids=self.eos_token_ids,
+            priority=priority,
+            seed=self._derived_seed(number) if params.seed is None else params.seed,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            stop_token_ids=frozenset((*ends, *params.stop_token_ids)),
+            arrival_time=now,
+            deadline=None if params.timeout is None else time.monotonic() + params.timeout,
+            cache_salt=(prompt["cache_salt"] or "").encode(),
+            bad_word_ids=bad_words,
+            needs_everything=params.needs_everything,
+            edits_logits=params.edits_logits,
+            needs_last_token=any(len(word) > 1 for word in bad_words),
+        )
+
+    def _checked_ids(self, ids: Any, text: str | None) -> list[int]:
+        ids = [int(token) for token in ids]
+        if not ids:
+            raise RequestError(f"prompt {text!r} has no tokens" if text is not None else "prompt_token_ids=[] is empty")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.vocab_size:
+            bad = low if low < 0 else high
+            raise RequestError(f"token id {bad} is out of range: the vocabulary has {self.vocab_size} tokens")
+        if len(ids) > self._longest_prompt:
+            raise RequestError(
+                f"a prompt of {len(ids)} tokens leaves no room for output within max_model_len={self.max_model_len}; "
+                "shorten it, or make the engine with a larger max_model_len"
+            )
+        return ids
+
+    def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Each word at the beginning of a text and behind a space."""
+        if not words:
+            return []
+        tokenizer = self._tokenizer_for("bad_words")
+        found = [
+            tuple(tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False))
+            for word in words
+            for prefix in ("", " ")
+        ]
+        return [list(word) for word in dict.fromkeys(found) if word]
+
+    def _derived_seed(self, number: int) -> int:
+        return int.from_bytes(blake2b(f"{self.seed} {number}".encode(), digest_size=8).digest(), "little")
+
+    def _tokenizer_for(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(
+                f"{what} needs a tokenizer, and the model has none: pass tokenizer=, or prompt_token_ids and "
+                "detokenize=False"
+            )
+        return self.tokenizer
+
+    def refused(self, prompt: Any, error: RequestError) -> RequestOutput:
+        """The output for a prompt that cannot be served."""
+        failed = CompletionOutput(0, "", [], finish_reason="error")
+        text, metrics = prompt if isinstance(prompt, str) else None, RequestMetrics(time.time())
+        return RequestOutput(str(next(self._arrivals)), text, [], None, [failed], True, metrics, error=error)
+
+    def reporter(self, request: Request) -> "Reporter":
+        return Reporter(request, None if self.tokenizer is None else self.tokenizer.token_text)
+
+
+class Reporter:
+    """Makes the outputs of one request; remembers how much of it was told, for deltas."""
+
+    def __init__(self, request: Request, decode: Any):
+        self._request, self._decode = request, decode
+        self._told = [(0, 0)] * request.params.n  # output tokens, characters
+        self._done = [False] * request.params.n
+
+    def output(self) -> RequestOutput:
+        """What the request's output_kind shows of it now."""
+        request = self._request
+        first = request.sequences[0]
+        prompt_logprobs = None
+        if request.params.prompt_logprobs is not None:
+            skipped = max(1, request.params.prompt_logprobs_start)
+            ids = request.prompt_token_ids[skipped:]
+            prompt_logprobs = Logprobs(ids, first.prompt_logprobs, skipped=skipped, decode=self._decode)
+        delta = request.params.output_kind == "delta"
+        shown = [
+            self._completion(i, s, delta) for i, s in enumerate(request.sequences) if not (delta and self._done[i])
+        ]
+        self._done = [sequence.finished for sequence in request.sequences]
+        metrics = RequestMetrics(
+            request.arrival_time,
+            request.queued_time,
+            request.scheduled_time,
+            request.first_token_time,
+            request.last_token_time,
+            sum(sequence.num_output for sequence in request.sequences),
+        )
+        return RequestOutput(
+            request.request_id, request.prompt, request.prompt_token_ids, prompt_logprobs, shown, request.finished,
+            metrics, first.num_cached, request.error,
+        )  # fmt: skip
+
+    def _completion(self, i: int, sequence: EngineSequence, delta: bool) -> CompletionOutput:
+        tokens, characters = self._told[i] if delta else (0, 0)
+        self._told[i] = sequence.num_output, len(sequence.text)
+        asked = sequence.params.logprobs is not None
+        ids = sequence.tokens[sequence.num_prompt + tokens :]
+        rows = sequence.logprobs[tokens:] if tokens else sequence.logprobs
+        return CompletionOutput(
+            index=sequence.index,
+            text=sequence.text[characters:],
+            token_ids=ids,
+            cumulative_logprob=sequence.cumulative_logprob if asked else None,
+            logprobs=Logprobs(ids, rows, decode=self._decode) if asked else None,
+            finish_reason=sequence.finish_reason,  # type: ignore[arg-type]
+            stop_reason=sequence.stop_reason,
+        )
+
+
+def _parse(prompt: Any) -> dict[str, Any]:
+    """A prompt of any accepted kind. Raises RequestError."""
+    if isinstance(prompt, str):
+        prompt = {"prompt": prompt}
+    elif not isinstance(prompt, Mapping) and is_token_ids(prompt):
+        prompt = {"prompt_token_ids": prompt}
+    if not isinstance(prompt, Mapping):
+        raise RequestError(
+            f"a prompt is a text, a list of token ids or a dict, not {type(prompt).__name__}: {prompt!r}"
+        )
+    if unknown := set(prompt) - PROMPT_KEYS:
+        raise RequestError(f"prompt has {sorted(unknown)}, which is not among {sorted(PROMPT_KEYS)}")
+    text, ids, salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
+    if text is None and ids is None:
+        raise RequestError(f"a prompt needs 'prompt' or 'prompt_token_ids', not only {sorted(prompt)}")
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f"prompt={text!r} must be a text")
+    if ids is not None and not is_token_ids(ids):
+        raise RequestError(f"prompt_token_ids={ids!r} must be a list of integers")
+    if salt is not None and not isinstance(salt, str):
+        raise RequestError(f"cache_salt={salt!r} must be a text")
+    return {"prompt": text, "prompt_token_ids": ids, "cache_salt": salt}
+
+
+def is_token_ids(value: Any) -> bool:
+    """A sequence of integers (a NumPy array of them too)?"""
+    if hasattr(value, "dtype"):
+        return getattr(value, "ndim", 0) == 1 and value.dtype.kind in "iu"
+    return isinstance(value, Sequence) and all(
+        isinstance(token, int) and not isinstance(token, bool) for token in value
+    )

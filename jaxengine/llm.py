@@ -1,0 +1,339 @@
+"""LLM: text in, text out. The one place that wires the parts together."""
+
+import logging
+import os
+import queue
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any, Literal, Self, overload
+
+from jaxengine.beam_search import BeamSearchOutput, beam_search
+from jaxengine.config import EngineConfig, ModelConfig, engine_option_names
+from jaxengine.engine.loop import EngineLoop
+from jaxengine.errors import ConfigError, EngineError, RequestError, UnsupportedError
+from jaxengine.frontend import Frontend, is_token_ids
+from jaxengine.progress import progress_bar
+from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams
+from jaxengine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "stdlib-5m"
+LAZY_REQUESTS = 2  # of an iterable of prompts, requests in the engine at a time, in units of max_num_seqs
+
+
+class LLM:
+    """A model that answers. Every method may be called from any thread, with or without a running event loop.
+
+    >>> with LLM() as llm:
+    ...     [output] = llm.generate("import", SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
+    >>> output.outputs[0].finish_reason
+    'length'
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | None = None,
+        *,
+        tokenizer: str | os.PathLike | None = None,
+        revision: str | None = None,
+        load_format: str = "auto",
+        download_dir: str | None = None,
+        trust_remote_code: bool = False,
+        hf_overrides: Mapping[str, Any] | None = None,
+        generation_config: Literal["auto", "off"] = "auto",
+        block_size: int | None = None,
+        **options: Any,
+    ):
+        """Loads the model and plans the memory; programs are compiled when they are first needed, or by `warmup=True`.
+
+        model: hub id, folder (HuggingFace or Orbax) or GGUF file; None: the small code model that ships with jaxengine.
+        tokenizer: hub id or folder of another tokenizer. load_format: auto, safetensors, gguf, orbax or dummy (seeded
+        random weights). hf_overrides: replaces entries of the checkpoint's config. generation_config: "auto" takes
+        sampling defaults and further end-of-sequence ids from the checkpoint, "off" does not. block_size: another name
+        of page_size. options: the fields of EngineConfig.
+
+        Raises ModelNotFoundError, CheckpointError, ConfigError, MemoryPlanError; UnsupportedError for what is not
+        built.
+        """
+        if trust_remote_code:
+            raise UnsupportedError(
+                "trust_remote_code=True: a checkpoint's Python code would need torch, and run unchecked; only families "
+                "with a converter of ours are served"
+            )
+        if generation_config not in ("auto", "off"):
+            raise ConfigError(f"{generation_config=} must be 'auto' or 'off'")
+        if model is not None and not isinstance(model, str | os.PathLike):
+            raise UnsupportedError(
+                f"model of type {type(model).__name__}: parameters in memory are not served yet; write them as an "
+                "Orbax checkpoint and give its folder"
+            )
+        if block_size is not None:
+            options = {"page_size": block_size} | options
+        if unknown := set(options) - set(engine_option_names()):
+            raise ConfigError(f"LLM has no option {sorted(unknown)}; those of the engine are {engine_option_names()}")
+        config = EngineConfig(**options)
+        from jaxengine import assembly  # jax and the model: not before the options are known to be good
+
+        parts = assembly.assemble(
+            model=SHIPPED_MODEL if model is None else model, tokenizer=tokenizer, revision=revision,
+            load_format=load_format, download_dir=download_dir, hf_overrides=hf_overrides,
+            use_generation_config=generation_config == "auto", config=config,
+        )  # fmt: skip
+        self.config: EngineConfig = parts.config
+        self.model_config: ModelConfig = parts.model
+        self._tokenizer, self._sampling_defaults = parts.tokenizer, parts.sampling_defaults
+        self.frontend: Frontend = parts.frontend
+        self._runner = parts.runner
+        self._loop = EngineLoop(parts.engine, on_exit=parts.runner.close)
+        self._finalizer = weakref.finalize(self, self._loop.close)  # also when the interpreter ends
+
+    # -- text
+
+    @overload
+    def generate(
+        self, prompts: Any, sampling_params: Any = None, *, stream: Literal[False] = False,
+        use_tqdm: bool | Callable[..., Any] = True, priority: int | Sequence[int] = 0,
+    ) -> RequestOutputs: ...  # fmt: skip
+    @overload
+    def generate(
+        self, prompts: Any, sampling_params: Any = None, *, stream: bool, use_tqdm: bool | Callable[..., Any] = True,
+        priority: int | Sequence[int] = 0,
+    ) -> Any: ...  # fmt: skip
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        stream: bool = False,
+        use_tqdm: bool | Callable[..., Any] = True,
+        priority: int | Sequence[int] = 0,
+    ) -> RequestOutputs | Iterator[RequestOutput]:
+        """Continues prompts: one output for each, in their order.
+
+        prompts: a text, a list of token ids, a dict (`prompt` or `prompt_token_ids`, and `cache_salt`: pages are shared
+        only within a salt), or several of these. A list is checked as a whole before anything starts. Another iterable
+        is pulled as requests finish; a prompt of it that cannot be served gives an output with `.error`.
+        sampling_params: one for all or one each; None: the model's own defaults. priority: smaller goes first.
+        stream: an iterator of outputs as they grow (see SamplingParams.output_kind), of all requests as they come;
+        closing it ends them. use_tqdm: a progress bar, or a function that makes one.
+
+        Raises RequestError for bad input, EngineError when the engine cannot go on. A request on which the device
+        failed ends with finish_reason "error" and the error in `.error`.
+        """
+        single = isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0)
+        requests, total = self._requests([prompts] if single else prompts, sampling_params, priority)
+        if stream:
+            return self._updates(requests, total, every_step=True)
+        return self._collect(requests, total, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        stream: bool = False,
+        use_tqdm: bool | Callable[..., Any] = True,
+        priority: int | Sequence[int] = 0,
+    ) -> Any:
+        """Answers a conversation (a list of {"role", "content"}) or several of them; otherwise like `generate`.
+
+        tools, chat_template and chat_template_kwargs go to the model's chat template. continue_final_message: the last
+        message is left open and continued. Raises RequestError, also for a model without a template.
+        """
+        conversations = messages if messages and not isinstance(messages[0], Mapping) else [messages]
+        prompts = self.chat_prompts(
+            conversations, tools=tools, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
+        )  # fmt: skip
+        return self.generate(prompts, sampling_params, stream=stream, use_tqdm=use_tqdm, priority=priority)
+
+    def chat_prompts(
+        self,
+        conversations: Sequence[Sequence[Any]],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **how: Any,
+    ) -> list[dict[str, Any]]:
+        """The prompts that `chat` gives to `generate`: text from the template, and its token ids."""
+        tokenizer = self.get_tokenizer()
+        texts = [tokenizer.apply_chat_template(chat, **how, **(chat_template_kwargs or {})) for chat in conversations]
+        ids = tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [{"prompt": text, "prompt_token_ids": row} for text, row in zip(texts, ids)]
+
+    def beam_search(self, prompts: Any, params: BeamSearchParams, *, use_tqdm: bool = False) -> list[BeamSearchOutput]:
+        """The best completions of each prompt, best first. Raises RequestError."""
+        single = isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0)
+        parsed = self.frontend.token_ids([prompts] if single else list(prompts))
+        return beam_search(self.generate, self.frontend, parsed, params, use_tqdm)
+
+    def encode(self, text: str | Sequence[str], add_special_tokens: bool = True) -> list[int] | list[list[int]]:
+        """Token ids of a text, or of each text."""
+        tokenizer = self.get_tokenizer()
+        if isinstance(text, str):
+            return tokenizer.encode(text, add_special_tokens)
+        return tokenizer.encode_batch(text, add_special_tokens)
+
+    # -- state
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Raises RequestError for a model without one."""
+        if self._tokenizer is None:
+            raise RequestError("the model has no tokenizer: pass tokenizer=, or token ids")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds when no sampling parameters are given: the checkpoint's generation_config over our defaults."""
+        return SamplingParams(**self._sampling_defaults)
+
+    def get_metrics(self) -> dict[str, Any]:
+        """Counts since the start and the present state, by the names that Prometheus will show."""
+        metrics = self._loop.call(lambda engine: engine.metrics())
+        return metrics | {"compilations_after_warmup": self._runner.compilations.after_warmup}
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what the prefix cache holds; running requests keep their pages."""
+        self._loop.call(lambda engine: engine.reset_prefix_cache())
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding; the tokenizer may name fewer."""
+        return self.model_config.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output together."""
+        return self.frontend.max_model_len
+
+    def close(self) -> None:
+        """Ends every request and gives the memory back; a second call does nothing."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- requests
+
+    def _requests(self, prompts: Any, params: Any, priority: Any) -> tuple[Iterator[Any], int | None]:
+        """Requests (or outputs, for prompts that cannot be served) and their number; None: not known yet."""
+        self._loop.raise_if_ended()
+        if not isinstance(prompts, Iterable):
+            raise RequestError(f"prompts={prompts!r} must be a text, token ids, a dict, or an iterable of these")
+        params = self.get_default_sampling_params() if params is None else params
+        if not isinstance(prompts, Sequence) and not hasattr(prompts, "dtype"):
+            every_params = repeat(params) if isinstance(params, SamplingParams) else iter(params)
+            every_priority = repeat(priority) if isinstance(priority, int) else iter(priority)
+            return map(self._request_or_error, prompts, every_params, every_priority), None
+        prompts = list(prompts)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        ranks = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
+        for name, values in (("sampling_params", each), ("priority", ranks)):
+            if len(values) != len(prompts):
+                raise RequestError(f"{len(values)} {name} for {len(prompts)} prompts")
+        parsed = self.frontend.token_ids(prompts)
+        requests = [self.frontend.request(*row) for row in zip(parsed, each, ranks)]
+        for request in requests:
+            self._loop.check(request)
+        return iter(requests), len(requests)
+
+    def _request_or_error(self, prompt: Any, params: SamplingParams, priority: int) -> Any:
+        try:
+            [parsed] = self.frontend.token_ids([prompt])
+            request = self.frontend.request(parsed, params, priority)
+            self._loop.check(request)
+            return request
+        except RequestError as error:
+            return self.frontend.refused(prompt, error)
+
+    def _updates(self, requests: Iterator[Any], total: int | None, every_step: bool) -> Iterator[Any]:
+        """Outputs of all requests as they come. Ends them when it is closed, or when the caller is interrupted."""
+        inbox: queue.SimpleQueue = queue.SimpleQueue()
+        limit = LAZY_REQUESTS * self._runner.buckets.max_num_seqs if total is None else total
+        active: set[str] = set()
+        try:
+            while True:
+                for request in islice(requests, limit - len(active)):
+                    if isinstance(request, RequestOutput):
+                        inbox.put(request)
+                    else:
+                        active.add(request.request_id)
+                        self.start(request, inbox.put, every_step)
+                if not active and inbox.empty():
+                    return
+                output = inbox.get()
+                if output.finished:
+                    active.discard(output.request_id)
+                if isinstance(output.error, EngineError):
+                    self._loop.raise_if_ended()
+                yield output
+        finally:
+            self.abort(active)
+
+    def raise_if_ended(self) -> None:
+        """Raises EngineError when the engine was closed or cannot go on."""
+        self._loop.raise_if_ended()
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Ends requests; each gets one more output, with finish_reason "abort". Unknown ids are passed over."""
+        self._loop.abort(request_ids)
+
+    def start(self, request: Any, tell: Callable[[RequestOutput], None], every_step: bool) -> None:
+        """Hands a request to the engine; `tell` gets its outputs, in the engine's thread. For front ends of ours."""
+        reporter = self.frontend.reporter(request)
+        every_step = every_step and request.params.output_kind != "final_only"
+
+        def listen(request: Any) -> None:
+            if request.finished or every_step:
+                tell(reporter.output())
+
+        self._loop.add(request, listen)
+
+    def _collect(
+        self, requests: Iterator[Any], total: int | None, use_tqdm: bool | Callable[..., Any]
+    ) -> RequestOutputs:
+        """The last output of each request, in the order of the requests."""
+        order: list[str] = []
+        found: dict[str, RequestOutput] = {}
+
+        def noted() -> Iterator[Any]:
+            for request in requests:
+                order.append(request.request_id)
+                yield request
+
+        with progress_bar(use_tqdm, total) as show:
+            for output in self._updates(noted(), total, every_step=False):
+                found[output.request_id] = output
+                show(output)
+        return RequestOutputs(found[request_id] for request_id in order)
+
+
+def _later(name: str, instead: str) -> Any:
+    def method(self: LLM, *_: Any, **__: Any) -> Any:
+        raise UnsupportedError(f"LLM.{name} is not built yet; {instead}")
+
+    method.__doc__ = f"Not built yet: raises UnsupportedError. {instead[0].upper()}{instead[1:]}."
+    return method
+
+
+for _name, _instead in {
+    "score": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
+    "loglikelihood": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
+    "logprobs": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
+    "embed": "only generation is served",
+    "rerank": "only generation is served",
+    "run_batch": "generate takes an iterable of prompts, and its outputs have to_pandas()",
+    "sleep": "close() the engine and make a new one",
+    "wake_up": "close() the engine and make a new one",
+    "update_weights": "write the parameters as an Orbax checkpoint and make a new engine of it",
+    "apply_model": "jaxengine.models.build makes the module from canonical parameters",
+}.items():
+    setattr(LLM, _name, _later(_name, _instead))

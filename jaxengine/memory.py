@@ -1,0 +1,113 @@
+"""How memory is divided: weights, temporaries of a step, and pages of KV cache with what is left."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.errors import MemoryPlanError
+from jaxengine.kv_cache import CacheGroup
+
+logger = logging.getLogger(__name__)
+GIB = 2**30
+CPU_CACHE_BYTES = GIB  # on a CPU, whose memory others want too: this, or a quarter of what is free
+DEFAULT_FRACTION = 0.75  # of a GPU that jax takes when XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a step, in rows and tokens."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    page_size: int
+
+
+def temporary_bytes(model: ModelConfig, sizes: Sizes, max_logprobs: int, dtype: str, attention: str) -> int:
+    """An upper bound, from shapes, for what one program needs beside its arguments and results."""
+    tokens, rows, vocab = sizes.max_num_batched_tokens, sizes.max_num_seqs, model.vocab_size
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    item = jnp.dtype(dtype).itemsize
+    layer = tokens * (4 * model.hidden_size + 3 * heads + 3 * model.intermediate_size) * max(item, 4)
+    sampler = 8 * rows * vocab * 4  # logits, distances, weights, noise, and their masks
+    scoring = 4 * 128 * vocab * 4 + tokens * (max_logprobs + 2) * 8
+    partial = 528 * 2 * model.num_heads * model.head_dim * 4  # split-KV results, see pallas_kernels.paged_decode
+    gathered = 0
+    if attention == "reference":  # each row's whole cache, and the scores of every token against it
+        length = -(-sizes.max_model_len // sizes.page_size) * sizes.page_size
+        gathered = 4 * length * (4 * rows * model.num_kv_heads * model.head_dim + 4 * tokens * model.num_heads)
+    tables = rows * (sizes.max_model_len // sizes.page_size + 1) * 4 * 2
+    return 64 * 2**20 + max(layer + partial + gathered + tables, sampler, scoring)
+
+
+def plan_pages(
+    config: EngineConfig,
+    model: ModelConfig,
+    groups: Sequence[CacheGroup],
+    sizes: Sizes,
+    cache_dtype: str,
+    temporary: int,
+    device: jax.Device,
+) -> tuple[int, ...]:
+    """Pages for each cache group, the null page included. Call it once the weights are on the device.
+
+    Raises MemoryPlanError when not even a page of each group fits.
+    """
+    page_bytes = [group.page_bytes(sizes.page_size, cache_dtype) for group in groups]
+    wanted = [sizes.max_num_seqs * _pages_of_one(group, sizes) + 1 for group in groups]
+    slots = (sizes.max_num_seqs + 1) * (
+        2 * model.vocab_size + 4 * len(groups) * (sizes.max_model_len // sizes.page_size)
+    )
+    if config.kv_cache_memory_bytes is not None:
+        budget, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    else:
+        budget, source = _free_bytes(config, device, temporary + slots)
+    on_cpu = device.platform == "cpu"
+    share = budget / sum(count * size for count, size in zip(wanted, page_bytes))
+    if on_cpu or config.kv_cache_memory_bytes is not None:
+        share = min(share, 1.0)  # more than every row could fill
+    needed = sum(2 * size for size in page_bytes)
+    if budget < needed:
+        raise MemoryPlanError(
+            f"{max(0, budget):,} bytes are left for the KV cache ({source}), "
+            f"one page and the null page need {needed:,}: "
+            + ("raise it" if source == "kv_cache_memory_bytes" else
+               "close() an engine that is no longer used, lower max_num_seqs or max_num_batched_tokens, or give jax "
+               "more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)")
+        )  # fmt: skip
+    pages = [max(2, int(share * count)) for count in wanted]
+    size = sum(count * page for count, page in zip(pages, page_bytes))
+    logger.info("KV cache: %s pages of %d tokens, %.2f GiB", pages, sizes.page_size, size / GIB)
+    return tuple(pages)
+
+
+def _pages_of_one(group: CacheGroup, sizes: Sizes) -> int:
+    """Pages that one sequence can hold at most."""
+    tokens = sizes.max_model_len
+    if group.window is not None:
+        tokens = min(tokens, group.window + sizes.max_num_batched_tokens)
+    return -(-tokens // sizes.page_size) + (group.window is not None)
+
+
+def _free_bytes(config: EngineConfig, device: jax.Device, reserved: int) -> tuple[int, str]:
+    """What pages may take, and where that figure comes from."""
+    stats: Mapping[str, Any] | None = device.memory_stats()
+    if device.platform == "cpu" or not stats:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min(CPU_CACHE_BYTES, free // 4), "a quarter of the free memory"
+    limit, used = stats["bytes_limit"], stats["bytes_in_use"]
+    fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", DEFAULT_FRACTION))
+    asked = int(limit / fraction * config.gpu_memory_utilization)
+    if asked > limit:
+        logger.info(
+            "gpu_memory_utilization=%g asks for %.1f GiB, jax has %.1f GiB: set XLA_PYTHON_CLIENT_MEM_FRACTION=%g "
+            "before jax starts to have them all", config.gpu_memory_utilization, asked / GIB, limit / GIB,
+            config.gpu_memory_utilization,
+        )  # fmt: skip
+    return min(limit, asked) - used - reserved, f"{used / GIB:.2f} GiB are in use"
