@@ -31,9 +31,14 @@ TABLE: dict[str, set[str]] = {
     "weights": EVERYBODY | {"converters", "models", "sharding"},
     "scoring": EVERYBODY | {"request"},
     "engine": EVERYBODY | {"request", "step", "models", "layers", "sampling", "kv_cache", "sharding"},
-    "llm": EVERYBODY | {"engine", "weights", "tokenizer", "text", "request", "scoring", "models", "sharding"},
-    "async_llm": EVERYBODY
-    | {"llm", "engine", "weights", "tokenizer", "text", "request", "scoring", "models", "sharding"},
+    "progress": EVERYBODY | {"request"},
+    "memory": EVERYBODY | {"kv_cache"},
+    "frontend": EVERYBODY | {"engine", "request", "tokenizer"},
+    "assembly": EVERYBODY
+    | {"engine", "weights", "tokenizer", "text", "frontend", "memory", "progress", "models", "kv_cache", "sharding"},
+    "beam_search": EVERYBODY | {"frontend", "progress", "request"},
+    "llm": EVERYBODY | {"assembly", "frontend", "beam_search", "progress", "engine", "tokenizer", "request", "scoring"},
+    "async_llm": EVERYBODY | {"llm", "request", "tokenizer"},
     "handoff": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
     "evaluate": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
     "serve": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
