@@ -58,7 +58,7 @@ def paged_attention(
     """
     group = inputs.layer_group[layer]
     table, page = inputs.tables[group], inputs.page[group]
-    options = dict(scale=scale, window=window, softcap=softcap)
+    options = {"scale": scale, "window": window, "softcap": softcap}
     write, decode, extend = _functions(inputs.implementation)
     pools = write(cache.k[layer], cache.v[layer], k, v, page, inputs.offset)
     cache = cache.with_layer(layer, *pools)

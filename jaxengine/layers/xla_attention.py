@@ -1,4 +1,4 @@
-"""Paged attention in plain XLA, the default on CPU: online softmax over blocks of pages, as many as the longest row has.
+"""Paged attention in plain XLA, the default on CPU: online softmax over blocks of pages, up to the longest row's.
 
 Loops with a trip count that is only known at run time are cheap on CPU, so one program serves every length.
 """
@@ -13,7 +13,7 @@ from jaxengine.layers.linear import precision
 BLOCK_TOKENS = 128  # keys per step of the loop
 
 
-def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, softcap=None):
+def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, softcap=None) -> jax.Array:
     """See pallas_kernels.paged_decode: q [R, Q, H, D], page_table [R, W], lengths [R] -> [R, Q, H, D]."""
     rows, queries, heads, dim = q.shape
     kv_heads = k_pages.shape[1]
@@ -21,9 +21,9 @@ def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None
     group = q.shape[2] // queries
     positions = lengths[:, None] - queries + jnp.arange(queries)
     positions = jnp.repeat(positions, group, axis=1)  # [R, queries * group]
-    first = (
-        0 if window is None else jnp.min(jnp.where(lengths > 0, jnp.maximum(lengths - queries + 1 - window, 0), 2**30))
-    )
+    first: jax.Array | int = 0
+    if window is not None:
+        first = jnp.min(jnp.where(lengths > 0, jnp.maximum(lengths - queries + 1 - window, 0), 2**30))
     out = _attend(q, k_pages, v_pages, page_table, positions, first, jnp.max(lengths), scale, window, softcap)
     out = out.reshape(rows, kv_heads, queries, group, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
     return jnp.where((lengths > 0)[:, None, None, None], out, 0)
@@ -32,7 +32,7 @@ def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None
 def paged_extend(
     q, k_pages, v_pages, page_table, block_row, block_start, q_start, q_len, lengths,
     *, block_q, scale, window=None, softcap=None,
-):  # fmt: skip
+) -> jax.Array:  # fmt: skip
     """See pallas_kernels.paged_extend: q [T, H, D] -> [T, H, D], zeros for tokens in no block."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[1]

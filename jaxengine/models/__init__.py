@@ -5,6 +5,7 @@ transformers has them (`layers.0.self_attn.q_proj.kernel`). `prepare` turns it i
 """
 
 from collections.abc import Mapping
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ FAMILIES = {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama, "g
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def family(config: ModelConfig):
+def family(config: ModelConfig) -> ModuleType:
     if config.model_type not in FAMILIES:
         raise UnsupportedModelError(f"{config.model_type=} is not one of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[config.model_type]

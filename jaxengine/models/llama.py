@@ -66,8 +66,8 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(params["q_norm"], c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(params["k_norm"], c.norm_eps) if c.qk_norm else None
         assert c.rope is not None
-        self.inv_freq, self.rope_factor = rope_frequencies(c.rope, max_model_len, c.max_position_embeddings)
-        self.inv_freq = tuple(self.inv_freq.tolist())  # static: part of the program, not a parameter
+        inv_freq, self.rope_factor = rope_frequencies(c.rope, max_model_len, c.max_position_embeddings)
+        self.inv_freq = tuple(inv_freq.tolist())  # static: part of the program, not a parameter
 
     def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: int, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """x [tokens, hidden] -> the same shape, and the cache with these tokens in it."""
