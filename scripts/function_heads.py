@@ -208,7 +208,7 @@ def defect(head: str, continuation: str) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an odd escape in a string is no error
             tree = ast.parse(head + continuation)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, RecursionError, MemoryError):
         return "syntax"
     kinds = (ast.FunctionDef, ast.ClassDef)
     (target,) = (node for node in ast.walk(tree) if isinstance(node, kinds) and node.lineno == line)

@@ -137,7 +137,7 @@ def train(options: argparse.Namespace, model: Model, corpus: jax.Array, bits_of:
     root, budget, count = jax.random.key(options.seed, impl="rbg"), options.minutes * 60, options.steps_per_call
     step, seconds, best_bits = int(progress["step"]), float(progress["seconds"]), float(progress["best_bits"])
     run = trainer.steps.lower(trainer, params, optimizer_state, corpus, root, jnp.float32(0), count).compile()
-    say("compiled")
+    say(f"compiled; held out {bits_of(params):.4f} bits a byte")
     evaluated, first, losses = int(seconds / budget * options.evaluations), step, []
     started = time.monotonic() - seconds
     while seconds < budget:
@@ -301,8 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     generate = greedy(model, params, tokenizer, options.new_tokens)
     score = score_heads(generate, tokenizer.decode, new_tokens=options.new_tokens)
     say(f"written: {bits:.4f} held-out bits a byte; {score}")
-    for head in ('def is_even(number):\n    """Return True if the number is even."""\n', "import os\n\n\ndef "):
-        print(head + tokenizer.decode(generate([head])[0]), "\n" + "-" * 40, flush=True)
+    samples = ['def is_even(number):\n    """Return True if the number is even."""\n', "import os\n\n\nclass "]
+    for prompt, ids in zip(samples, generate(samples)):
+        print(prompt + tokenizer.decode(ids), "\n" + "-" * 40, flush=True)
     run |= {
         "parameters": sum(leaf.size for leaf in params.values()),
         "tokens": len(tokens),
