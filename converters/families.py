@@ -5,7 +5,7 @@ from typing import Any
 
 from converters import ConversionError, UnsupportedOptionError, gpt2, llama, mistral, qwen2, qwen3
 from converters.attributes import Attributes
-from converters.tensors import Target, find
+from converters.tensors import Target, find, find_source
 
 FAMILIES: dict[str, Any] = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
 
@@ -30,3 +30,8 @@ def target(model_type: str, name: str) -> Target | None:
     """What a tensor of this name becomes; None for a name that the family does not have."""
     family = FAMILIES[model_type]
     return find(family.TENSORS, family.PREFIX, name)
+
+
+def source(model_type: str, path: str) -> str:
+    """The tensor that a canonical parameter comes from, without the optional prefix."""
+    return find_source(FAMILIES[model_type].TENSORS, path)

@@ -29,6 +29,14 @@ def find(table: Mapping[str, Target], prefix: str, name: str) -> Target | None:
     return Target(tuple(path.format(layer[1]) for path in target.paths), target.transposed)
 
 
+def find_source(table: Mapping[str, Target], path: str) -> str:
+    """The reverse: the tensor, without its prefix, that holds a canonical parameter."""
+    layer = re.search(r"\.(\d+)\.", path)
+    pattern = re.sub(r"\.\d+\.", ".{}.", path, count=1)
+    name = next(name for name, target in table.items() if pattern in target.paths)
+    return name.format(layer[1] if layer else "")
+
+
 def rotary_decoder_table() -> dict[str, Target]:
     """The tensors of llama and its kin, without `model.`; a config that has no biases and norms makes these extra."""
     table = {

@@ -1,0 +1,164 @@
+"""What a checkpoint says of itself: format, ModelConfig, sampling defaults, where its tokenizer is."""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from converters import ConversionError, UnsupportedOptionError
+from converters.attributes import DTYPES, token_ids
+from converters.families import model_config
+from converters.safetensors_reader import SafetensorsCheckpoint
+from jaxengine.config import ModelConfig, RopeConfig
+from jaxengine.errors import CheckpointError, ConfigError, UnsupportedModelError
+from jaxengine.weights.hub import TOKENIZER_FILES, locate
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
+ORBAX = "params"  # folder of the canonical parameters, beside config.json
+# generation_config.json -> SamplingParams; `do_sample` comes last, since it overrules the temperature.
+SAMPLING = {
+    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens", "repetition_penalty": "repetition_penalty", "stop_strings": "stop",
+}  # fmt: skip
+# Change what transformers would sample, and nothing here, unless they have this value.
+NOT_APPLIED: dict[str, Any] = {
+    "num_beams": 1, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0, "penalty_alpha": 0, "guidance_scale": 1.0, "bad_words_ids": None, "top_h": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "exponential_decay_length_penalty": None, "length_penalty": 1.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint; its weights are still on the disk."""
+
+    path: Path
+    format: str  # safetensors | gguf | orbax | dummy
+    config: ModelConfig
+    sampling_defaults: dict[str, Any]  # SamplingParams' names
+    tokenizer_source: Any  # what Tokenizer.load takes; None: there is no tokenizer
+    hf_config: Mapping[str, Any] = field(repr=False, default_factory=dict)  # config.json, overrides included
+    generation_config: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    reader: Any = field(repr=False, default=None)  # names() and read(name) of its tensors; None for orbax and dummy
+
+
+def open_checkpoint(
+    model: str | os.PathLike,
+    *,
+    load_format: str = "auto",
+    revision: str | None = None,
+    download_dir: str | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
+    use_generation_config: bool = True,
+) -> Checkpoint:
+    """Finds a model, downloads it if it is on the hub, and reads what it says of itself; weights are not read.
+
+    `hf_overrides` are laid over config.json, whole attributes at a time. `use_generation_config=False`: no sampling
+    defaults, and only the end-of-sequence ids of config.json. Raises CheckpointError and its kin.
+    """
+    if load_format not in FORMATS:
+        raise ConfigError(f"{load_format=} is not one of {', '.join(FORMATS)}")
+    path = locate(model, revision, download_dir, weights=load_format != "dummy")
+    try:
+        return _open(_gguf_within(path), load_format, hf_overrides or {}, use_generation_config)
+    except UnsupportedOptionError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
+    except (ConversionError, ConfigError) as error:
+        raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
+def _gguf_within(path: Path) -> Path:
+    """The one GGUF file of a folder that holds nothing else to serve."""
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise CheckpointError(f"{path} holds several GGUF files, give one: {', '.join(f.name for f in files)}")
+        return files[0] if files else path
+    return path
+
+
+def _open(path: Path, load_format: str, overrides: Mapping[str, Any], use_generation_config: bool) -> Checkpoint:
+    reader: Any = None
+    if path.is_file():
+        from converters.gguf_checkpoint import open_gguf
+
+        kind, reader = "gguf", open_gguf(path)
+        hf_config, generation, tokenizer = reader.hf_config, reader.generation_config, reader
+    else:
+        kind = "orbax" if (path / ORBAX / "_METADATA").exists() else "safetensors"
+        hf_config, generation = read_json(path / "config.json"), read_json(path / "generation_config.json", {})
+        tokenizer = path if any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)) else None
+    if load_format == "dummy":
+        kind, reader = "dummy", None
+    elif load_format not in ("auto", kind):
+        raise CheckpointError(f"{path} is of format {kind}, not {load_format=}; leave it auto")
+    elif kind == "safetensors":
+        reader = SafetensorsCheckpoint(path)
+        reader.names()  # a file that is missing or corrupt shows here
+    hf_config = {**hf_config, **_plain(overrides)}
+    arguments = model_config(hf_config)
+    arguments.setdefault("dtype", _usual_dtype(reader))
+    if arguments.get("rope"):
+        arguments["rope"] = RopeConfig(**arguments["rope"])
+    ends, defaults = arguments["eos_token_ids"], {}
+    if use_generation_config:
+        ends += token_ids("eos_token_id", generation.get("eos_token_id"))
+        defaults = _sampling_defaults(generation)
+        log.info("%s: its generation config gives %s; it ends with any of %s", path, defaults or "no defaults", ends)
+    # transformers' default ids may lie beyond a small vocabulary: such a token is never drawn.
+    arguments["eos_token_ids"] = tuple(i for i in dict.fromkeys(ends) if i < arguments["vocab_size"])
+    config = ModelConfig(**arguments)
+    return Checkpoint(path, kind, config, defaults, tokenizer, hf_config, generation, reader)
+
+
+def raise_faults(path: Path, faults: list[str]) -> None:
+    """Raises CheckpointError with all of them, if there are any."""
+    if faults:
+        listed = "\n  ".join(faults)
+        raise CheckpointError(f"{path}: the tensors are not those of its config\n  {listed}")
+
+
+def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An object; `default` if there is no such file, an error if there is no default either."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if default is None:
+            raise CheckpointError(f"{path.parent} has no {path.name}: not a model in HuggingFace's format") from error
+        return default
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__} where an object should be")
+    return content
+
+
+def _plain(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """As they would be in config.json: lists for tuples."""
+    try:
+        return json.loads(json.dumps(dict(overrides)))
+    except TypeError as error:
+        raise ConfigError(f"hf_overrides={overrides!r} must be what JSON can hold: {error}") from error
+
+
+def _usual_dtype(reader: Any) -> str:
+    """For a config that does not say it: what most tensors have."""
+    found = Counter(dtype for _, dtype in reader.names().values() if dtype in DTYPES) if reader else None
+    return found.most_common(1)[0][0] if found else "float32"
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {ours: generation[name] for name, ours in SAMPLING.items() if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    ignored = {n: v for n, v in generation.items() if n in NOT_APPLIED and v is not None and v != NOT_APPLIED[n]}
+    if ignored:
+        log.warning("generation_config.json: not applied: %s", ", ".join(f"{n}={v!r}" for n, v in ignored.items()))
+    return defaults

@@ -1,0 +1,109 @@
+"""Canonical parameters, each on its devices: streamed from files, restored from Orbax, or drawn at random."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from converters import ConversionError, families
+from converters.attributes import DTYPES
+from converters.tensors import Target
+from jaxengine.config import ModelConfig
+from jaxengine.errors import CheckpointError
+from jaxengine.models import param_specs
+from jaxengine.sharding import ParamSpec, named_sharding
+from jaxengine.weights.checkpoint import Checkpoint, raise_faults
+
+OnTensor = Callable[[int, int], None]
+HEAD, EMBEDDING = "lm_head.kernel", "embed_tokens.embedding"
+
+
+def load_params(
+    checkpoint: Checkpoint, dtype: str, mesh: jax.sharding.Mesh, *, seed: int = 0, on_tensor: OnTensor | None = None
+) -> dict[str, jax.Array]:
+    """Every canonical parameter in `dtype`, committed to its sharding on `mesh`.
+
+    `seed` is for random weights. `on_tensor(done, total)` is called as tensors arrive. Raises CheckpointError naming
+    all tensors that are missing, unexpected, of the wrong shape or of a dtype that is not served, before any is read.
+    """
+    specs = param_specs(checkpoint.config)
+    report = on_tensor or (lambda done, total: None)
+    if checkpoint.format == "dummy":
+        from jaxengine.weights.dummy import random_params
+
+        params = random_params(specs, dtype, mesh, seed)
+    elif checkpoint.format == "orbax":
+        from jaxengine.weights.orbax_format import restore
+
+        params = restore(checkpoint.path, specs, dtype, mesh)
+    else:
+        try:
+            return _stream(checkpoint, specs, dtype, mesh, report)
+        except ConversionError as error:
+            raise CheckpointError(str(error)) from error
+    report(len(params), len(params))
+    return params
+
+
+def _stream(
+    checkpoint: Checkpoint, specs: Mapping[str, ParamSpec], dtype: str, mesh: jax.sharding.Mesh, report: OnTensor
+) -> dict[str, jax.Array]:
+    plan = plan_tensors(checkpoint, specs)
+    params: dict[str, jax.Array] = {}
+    before: list[jax.Array] = []
+    for done, (name, target) in enumerate(plan.items(), 1):
+        # The view is not made contiguous: the transfer transposes faster than NumPy does.
+        array = checkpoint.reader.read(name).astype(jax.numpy.dtype(dtype), copy=False)
+        widths = [specs[path].shape[-1] for path in target.paths]
+        parts = [array.T] if target.transposed else np.split(array, np.cumsum(widths)[:-1], axis=-1)
+        placed = [jax.device_put(p, named_sharding(mesh, specs[path].axes)) for path, p in zip(target.paths, parts)]
+        params |= zip(target.paths, placed)
+        jax.block_until_ready(before)  # at most two tensors on their way, whatever the device's pace
+        before = placed
+        report(done, len(plan))
+    jax.block_until_ready(before)
+    return params
+
+
+def plan_tensors(checkpoint: Checkpoint, specs: Mapping[str, ParamSpec]) -> dict[str, Target]:
+    """What each tensor becomes. Raises CheckpointError with every fault there is."""
+    config, faults = checkpoint.config, []
+    plan: dict[str, Target] = {}
+    sources: dict[str, str] = {}  # canonical path -> tensor
+    for name, (shape, dtype) in checkpoint.reader.names().items():
+        target = families.target(config.model_type, name)
+        if target is None or any(path not in specs for path in target.paths if not _is_tied(config, path)):
+            faults.append(f"unexpected: {name} {list(shape)}")
+            continue
+        faults += [f"twice: {name} and {sources[path]}" for path in target.paths if path in sources]
+        sources |= dict.fromkeys(target.paths, name)
+        if target.paths and dtype not in DTYPES:
+            faults.append(f"of dtype {dtype}, not one of {', '.join(DTYPES)}: {name}")
+        want = _stored_shape(config, target, specs)
+        if target.paths and shape != want:
+            faults.append(f"of shape {list(shape)}, where the config says {list(want)}: {name}")
+        if target.paths and not _is_tied(config, target.paths[0]):
+            plan[name] = target
+    lacking = [families.source(config.model_type, path) for path in specs if path not in sources]
+    faults += [f"missing: {name}" for name in dict.fromkeys(lacking)]
+    raise_faults(checkpoint.path, faults)
+    if config.tie_word_embeddings and HEAD in sources:
+        head, embedding = (checkpoint.reader.read(sources[path]) for path in (HEAD, EMBEDDING))
+        if not np.array_equal(head, embedding):
+            raise CheckpointError(
+                f"{checkpoint.path}: tie_word_embeddings=true, but {sources[HEAD]} differs from {sources[EMBEDDING]}; "
+                "hf_overrides={'tie_word_embeddings': False} uses both"
+            )
+    return plan
+
+
+def _is_tied(config: ModelConfig, path: str) -> bool:
+    """Some files hold a tied head all the same."""
+    return config.tie_word_embeddings and path == HEAD
+
+
+def _stored_shape(config: ModelConfig, target: Target, specs: Mapping[str, ParamSpec]) -> tuple[int, ...]:
+    shapes = [specs[EMBEDDING].shape[::-1] if _is_tied(config, path) else specs[path].shape for path in target.paths]
+    if not shapes:
+        return ()
+    return shapes[0][::-1] if target.transposed else (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
