@@ -154,17 +154,17 @@ def rope(a: Attributes, head_dim: int, positions: int) -> dict[str, Any]:
     stated = a.take("rope_parameters", dict, None)
     if legacy and stated and legacy != stated:
         raise ConversionError(
-            f"rope_scaling={legacy!r} and rope_parameters={stated!r} together: give one, the other null"
+            f"rope_scaling={legacy!r} and rope_parameters={stated!r} together: one of them must be null"
         )
     given = {name: value for name, value in (legacy or stated or {}).items() if value is not None}
     older = given.pop("type", "default")
     kind = given.pop("rope_type", older)
     theta = given.pop("rope_theta", 10_000.0 if theta is None else theta)
     original = a.take("original_max_position_embeddings", int, None)
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedOptionError(
-            f"rope's partial_rotary_factor={(legacy or stated or {})['partial_rotary_factor']!r}"
-        )
+    if head_dim % 2:
+        raise ConversionError(f"a head's size of {head_dim} is odd: rope turns pairs")
+    if (partial := given.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise UnsupportedOptionError(f"not supported: rope's partial_rotary_factor={partial!r}")
     if kind not in ROPE_OPTIONS:
         raise UnsupportedOptionError(f"rope type {kind!r} is not one of {', '.join(ROPE_OPTIONS)}")
     required, optional = ROPE_OPTIONS[kind]

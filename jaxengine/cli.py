@@ -18,7 +18,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 
 from jaxengine.config import EngineConfig
-from jaxengine.errors import JaxEngineError, UnsupportedError
+from jaxengine.errors import JaxEngineError
 from jaxengine.request import SamplingParams
 
 # Where the weights and the tokenizer come from: LLM's own arguments, which EngineConfig knows nothing of.
@@ -224,7 +224,18 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
 ) -> None:
     """Write a model's canonical parameters as an Orbax checkpoint, which `--model DESTINATION` then serves."""
-    raise UnsupportedError(f"convert {source} {destination}: not built yet")
+    import jax
+
+    from jaxengine.sharding import create_mesh
+    from jaxengine.weights import check_destination, load_params, open_checkpoint, save_checkpoint
+
+    check_destination(destination)
+    checkpoint = open_checkpoint(source)
+    cpu = create_mesh(devices=jax.local_devices(backend="cpu"))  # a model may be larger than the accelerator's memory
+    params = load_params(checkpoint, checkpoint.config.dtype, cpu)
+    save_checkpoint(checkpoint, params, destination)
+    count = sum(array.size for array in params.values())
+    print(f"{destination}: {count:,} parameters of {len(params)} tensors in {checkpoint.config.dtype}")
 
 
 @bench.command()
