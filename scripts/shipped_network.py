@@ -175,6 +175,7 @@ class Model:
         """As HuggingFace's bfloat16 checkpoint: their names, [out, in]."""
         tensors = {_their_name(name): _turned(name, leaf).astype(jnp.bfloat16) for name, leaf in params.items()}
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it readable to its owner only
 
     def load(self, path: Path) -> Params:
         """The parameters of such a checkpoint, in float32."""
