@@ -251,6 +251,8 @@ class Tokenizer:
 
 def _class_name(folder: Path, config: dict[str, Any]) -> str:
     """The class of transformers that would read this folder, without its `Fast`; "" if nothing names one."""
+    if config.get("as_in_file"):  # a folder of our own, made of a GGUF file, whose tokenizer.json is the whole truth
+        return ""
     model = _read_json(folder / "config.json")
     model_type = model.get("model_type", "")
     if model_type == "qwen2":  # whatever the checkpoint says

@@ -55,8 +55,7 @@ def _save_tokenizer(source: Any, folder: Path) -> None:
         except ConversionError as error:
             raise CheckpointError(str(error)) from error
         templates = [{"name": name, "template": text} for name, text in config.pop("chat_templates").items()]
-        # The class that takes tokenizer.json as it is.
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast"} | ({"chat_template": templates} if templates else {})
+        config |= {"as_in_file": True} | ({"chat_template": templates} if templates else {})
         _write_json(folder / "tokenizer_config.json", config)
 
 
