@@ -12,8 +12,11 @@ from typer.testing import CliRunner
 
 from jaxengine import cli
 from jaxengine.config import EngineConfig
-from jaxengine.errors import RequestError
+from jaxengine.errors import CheckpointError, RequestError
 from jaxengine.request import CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
+from jaxengine.sharding import create_mesh
+from jaxengine.weights import load_params, open_checkpoint
+from tests.references import tiny
 
 NOT_ON_THE_COMMAND_LINE = {"mesh"}
 
@@ -160,6 +163,18 @@ def test_collect_env_names_versions_and_devices():
     shown = invoke("collect-env")
     assert "jaxlib" in shown
     assert "device" in shown
+
+
+def test_convert_writes_what_the_engine_loads(tmp_path):
+    source, saved = tiny.write_checkpoint("qwen3", tmp_path / "source"), tmp_path / "saved"
+    shown = invoke("convert", str(source), str(saved))
+    assert shown == f"{saved}: 146,048 parameters of 36 tensors in float32\n"
+    before, after = open_checkpoint(source), open_checkpoint(saved)
+    assert (after.format, after.config) == ("orbax", before.config)
+    params, again = (load_params(checkpoint, "float32", create_mesh()) for checkpoint in (before, after))
+    assert all((params[path] == again[path]).all() for path in params)
+    with pytest.raises(CheckpointError, match="is there already"):
+        CliRunner().invoke(cli.app, ["convert", str(source), str(saved)], catch_exceptions=False)
 
 
 def test_errors_are_one_line(capsys, monkeypatch):
