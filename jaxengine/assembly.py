@@ -180,7 +180,7 @@ def _set_compilation_cache(choice: bool | str | Path) -> None:
     if choice is False:
         return
     if choice is True:
-        if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        if jax.config.jax_compilation_cache_dir is not None:
             return
         choice = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jaxengine" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(choice))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 from jaxengine.errors import EngineError
@@ -47,7 +48,7 @@ class AsyncLLM:
         events = asyncio.get_running_loop()
 
         def tell(output: RequestOutput) -> None:
-            if not events.is_closed():
+            with suppress(RuntimeError):  # the loop was closed, and nobody listens any more
                 events.call_soon_threadsafe(outputs.put_nowait, output)
 
         self._llm.start(request, tell, every_step=True)

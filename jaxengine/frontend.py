@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from numbers import Integral
 from typing import Any
 
 from jaxengine.engine.sequence import Request
@@ -37,7 +38,10 @@ class Frontend:
         """The prompts with every text encoded, all at once: {"prompt", "prompt_token_ids", "cache_salt"} each."""
         parsed = [_parse(prompt) for prompt in prompts]
         texts = [p["prompt"] for p in parsed if p["prompt_token_ids"] is None]
-        encoded = iter(self._tokenizer_for("a text prompt").encode_batch(texts) if texts else ())
+        try:
+            encoded = iter(self._tokenizer_for("a text prompt").encode_batch(texts) if texts else ())
+        except TypeError as error:  # the tokenizer's word for half of a surrogate pair
+            raise RequestError(f"a prompt among {texts!r:.200} is not valid Unicode") from error
         return [p if p["prompt_token_ids"] is not None else p | {"prompt_token_ids": next(encoded)} for p in parsed]
 
     def request(
@@ -46,7 +50,7 @@ class Frontend:
         """The request for a prompt from `token_ids`. Raises RequestError that names what cannot be served."""
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params={params!r} must be SamplingParams")
-        if not isinstance(priority, int):
+        if not isinstance(priority, Integral):
             raise RequestError(f"{priority=} must be an integer; smaller goes first")
         ids = self._checked_ids(prompt["prompt_token_ids"], prompt["prompt"])
         params.validate_for(self.vocab_size, self.max_logprobs)
@@ -61,18 +65,23 @@ class Frontend:
                 f"prompt_logprobs_start={params.prompt_logprobs_start} is past the prompt's {len(ids)} tokens"
             )
         if params.detokenize or params.bad_words:
-            self._tokenizer_for("text (detokenize=True)" if params.detokenize else "bad_words")
+            tokenizer = self._tokenizer_for("text (detokenize=True)" if params.detokenize else "bad_words")
+            if params.stop and tokenizer.clean_up_spaces:
+                raise RequestError(
+                    f"stop={list(params.stop)!r}: this tokenizer changes spaces after decoding, so that text is known "
+                    "at the end only; use stop_token_ids"
+                )
         number = next(self._arrivals)
         ends = () if params.ignore_eos else self.eos_token_ids
         bad_words = self._bad_word_ids(params.bad_words)
         now = time.time()
         return Request(
-            request_id=str(number) if request_id is None else request_id,
+            request_id=f"request-{number}" if request_id is None else request_id,
             prompt=prompt["prompt"],
             prompt_token_ids=ids,
             params=params,
             eos_token_ids=self.eos_token_ids,
-            priority=priority,
+            priority=int(priority),
             seed=self._derived_seed(number) if params.seed is None else params.seed,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             stop_token_ids=frozenset((*ends, *params.stop_token_ids)),
@@ -127,7 +136,7 @@ class Frontend:
         """The output for a prompt that cannot be served."""
         failed = CompletionOutput(0, "", [], finish_reason="error")
         text, metrics = prompt if isinstance(prompt, str) else None, RequestMetrics(time.time())
-        return RequestOutput(str(next(self._arrivals)), text, [], None, [failed], True, metrics, error=error)
+        return RequestOutput(f"request-{next(self._arrivals)}", text, [], None, [failed], True, metrics, error=error)
 
     def reporter(self, request: Request) -> "Reporter":
         return Reporter(request, None if self.tokenizer is None else self.tokenizer.token_text)

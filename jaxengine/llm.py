@@ -4,8 +4,10 @@ import logging
 import os
 import queue
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice, repeat
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import closing
+from itertools import chain, islice, repeat
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -229,18 +231,14 @@ class LLM:
         if not isinstance(prompts, Iterable):
             raise RequestError(f"prompts={prompts!r} must be a text, token ids, a dict, or an iterable of these")
         params = self.get_default_sampling_params() if params is None else params
+        each = _each("sampling_params", params), _each("priority", priority)
         if not isinstance(prompts, Sequence) and not hasattr(prompts, "dtype"):
-            every_params = repeat(params) if isinstance(params, SamplingParams) else iter(params)
-            every_priority = repeat(priority) if isinstance(priority, int) else iter(priority)
-            return map(self._request_or_error, prompts, every_params, every_priority), None
+            return map(self._request_or_error, prompts, *each), None
         prompts = list(prompts)
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        ranks = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
-        for name, values in (("sampling_params", each), ("priority", ranks)):
-            if len(values) != len(prompts):
+        for name, values in (("sampling_params", params), ("priority", priority)):
+            if isinstance(values, Sized) and len(values) != len(prompts):
                 raise RequestError(f"{len(values)} {name} for {len(prompts)} prompts")
-        parsed = self.frontend.token_ids(prompts)
-        requests = [self.frontend.request(*row) for row in zip(parsed, each, ranks)]
+        requests = [self.frontend.request(*row) for row in zip(self.frontend.token_ids(prompts), *each)]
         for request in requests:
             self._loop.check(request)
         return iter(requests), len(requests)
@@ -254,7 +252,7 @@ class LLM:
         except RequestError as error:
             return self.frontend.refused(prompt, error)
 
-    def _updates(self, requests: Iterator[Any], total: int | None, every_step: bool) -> Iterator[Any]:
+    def _updates(self, requests: Iterator[Any], total: int | None, every_step: bool) -> Generator[Any]:
         """Outputs of all requests as they come. Ends them when it is closed, or when the caller is interrupted."""
         inbox: queue.SimpleQueue = queue.SimpleQueue()
         limit = LAZY_REQUESTS * self._runner.buckets.max_num_seqs if total is None else total
@@ -309,11 +307,27 @@ class LLM:
                 order.append(request.request_id)
                 yield request
 
-        with progress_bar(use_tqdm, total) as show:
-            for output in self._updates(noted(), total, every_step=False):
+        # Closed at once when the bar raises: an exception's traceback would keep it, and its requests, alive.
+        updates = closing(self._updates(noted(), total, every_step=False))
+        with updates as outputs, progress_bar(use_tqdm, total) as show:
+            for output in outputs:
                 found[output.request_id] = output
                 show(output)
         return RequestOutputs(found[request_id] for request_id in order)
+
+
+def _each(name: str, value: Any) -> Iterator[Any]:
+    """The value for one prompt after another: always the same, or those of an iterable."""
+    if isinstance(value, SamplingParams | Integral):
+        return repeat(value)
+    if not isinstance(value, Iterable):
+        raise RequestError(f"{name}={value!r} must be one for all prompts, or one for each")
+    return chain(value, _too_few(name))
+
+
+def _too_few(name: str) -> Iterator[Any]:
+    raise RequestError(f"there are fewer {name} than prompts")
+    yield
 
 
 def _later(name: str, instead: str) -> Any:

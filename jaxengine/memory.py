@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -68,10 +69,6 @@ def plan_pages(
         budget, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     else:
         budget, source = _free_bytes(config, device, temporary + slots)
-    on_cpu = device.platform == "cpu"
-    share = budget / sum(count * size for count, size in zip(wanted, page_bytes))
-    if on_cpu or config.kv_cache_memory_bytes is not None:
-        share = min(share, 1.0)  # more than every row could fill
     needed = sum(2 * size for size in page_bytes)
     if budget < needed:
         raise MemoryPlanError(
@@ -81,7 +78,10 @@ def plan_pages(
                "close() an engine that is no longer used, lower max_num_seqs or max_num_batched_tokens, or give jax "
                "more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)")
         )  # fmt: skip
-    pages = [max(2, int(share * count)) for count in wanted]
+    share = (budget - needed) / max(1, sum((count - 2) * size for count, size in zip(wanted, page_bytes)))
+    if device.platform == "cpu" or config.kv_cache_memory_bytes is not None:
+        share = min(share, 1.0)  # more than every row could fill
+    pages = [2 + int(share * (count - 2)) for count in wanted]
     size = sum(count * page for count, page in zip(pages, page_bytes))
     logger.info("KV cache: %s pages of %d tokens, %.2f GiB", pages, sizes.page_size, size / GIB)
     return tuple(pages)
@@ -95,12 +95,20 @@ def _pages_of_one(group: CacheGroup, sizes: Sizes) -> int:
     return -(-tokens // sizes.page_size) + (group.window is not None)
 
 
+def _free_host_bytes() -> int:
+    """What programs could take, the operating system's file cache included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return 4 * CPU_CACHE_BYTES
+
+
 def _free_bytes(config: EngineConfig, device: jax.Device, reserved: int) -> tuple[int, str]:
     """What pages may take, and where that figure comes from."""
     stats: Mapping[str, Any] | None = device.memory_stats()
     if device.platform == "cpu" or not stats:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return min(CPU_CACHE_BYTES, free // 4), "a quarter of the free memory"
+        return min(CPU_CACHE_BYTES, _free_host_bytes() // 4), "a quarter of the free memory"
     limit, used = stats["bytes_limit"], stats["bytes_in_use"]
     fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", DEFAULT_FRACTION))
     asked = int(limit / fraction * config.gpu_memory_utilization)

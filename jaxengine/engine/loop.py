@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from jaxengine.engine.engine import Engine
-from jaxengine.engine.sequence import Request
-from jaxengine.errors import EngineClosedError, EngineError, RequestError
+from jaxengine.engine.sequence import Request, Sequence
+from jaxengine.errors import EngineClosedError, EngineError, JaxEngineError, RequestError
 
 logger = logging.getLogger(__name__)
 Listener = Callable[[Request], None]  # called in the engine's thread: it must not wait, and sees the request at rest
@@ -40,7 +40,7 @@ class EngineLoop:
         with self._wake:
             if request.request_id in self._listeners:
                 raise RequestError(f"request_id={request.request_id!r} is in use")
-            self._post(lambda: self._engine.add(request))
+            self._post(lambda: self._admit(request))
             self._listeners[request.request_id] = request, listener
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -89,6 +89,20 @@ class EngineLoop:
 
     # -- in the thread
 
+    def _admit(self, request: Request) -> None:
+        try:
+            self._engine.add(request)
+        except JaxEngineError as error:
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: JaxEngineError | None) -> None:
+        request.error = error
+        if not request.sequences:  # it was never admitted
+            request.sequences = [Sequence(request, i, list(request.prompt_token_ids)) for i in range(request.params.n)]
+        for sequence in request.sequences:
+            sequence.finish_reason = sequence.finish_reason or "error"
+        self._tell([request])
+
     def _run(self) -> None:
         try:
             while (commands := self._next_commands()) is not None:
@@ -121,12 +135,8 @@ class EngineLoop:
 
     def _fail_all(self) -> None:
         with self._wake:
-            entries, self._listeners = list(self._listeners.values()), {}
             commands, self._commands = self._commands, []
-        for request, listener in entries:
-            request.error = self._end
-            for sequence in request.sequences:
-                sequence.finish_reason = sequence.finish_reason or "error"
-            listener(request)
         for command in commands:  # someone may wait for one
             command()
+        for request, _ in list(self._listeners.values()):
+            self._fail(request, self._end)

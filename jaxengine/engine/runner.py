@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.monitoring
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.batch import Buckets
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
-from jaxengine.layers.attention import AttentionInputs
+from jaxengine.layers.attention import AttentionInputs, Implementation
 from jaxengine.models import build
 from jaxengine.request import MAX_LOGIT_BIAS
 from jaxengine.sampling import (
@@ -102,8 +102,10 @@ class Runner:
         mesh: Mesh,
     ):
         self.config, self.model, self.mesh, self.buckets = config, model, mesh, buckets
-        self.groups, self.num_pages, self.cache_dtype, self.attention = groups, num_pages, cache_dtype, attention
+        self.groups, self.num_pages, self.cache_dtype = groups, num_pages, cache_dtype
+        self.attention = cast(Implementation, attention)
         self.max_model_len, self.temporary_bytes = max_model_len, temporary_bytes
+        self.logprobs_mode = cast(Literal["raw", "processed"], config.logprobs_mode)
         self.layer_group = tuple(
             next(g for g, group in enumerate(groups) if i in group.layers) for i in range(model.num_layers)
         )
@@ -116,6 +118,8 @@ class Runner:
 
     def reset(self) -> None:
         """Fresh, empty device state: after a failure the donated arrays are gone."""
+        for name in ("_cache", "_slots", "_rules"):  # freed first: twice as much may not fit
+            vars(self).pop(name, None)
         replicated = named_sharding(self.mesh)
         slots, columns = self.buckets.max_num_seqs + 1, -(-self.max_model_len // self.config.page_size)
 
@@ -150,8 +154,8 @@ class Runner:
         self._write_slots(inputs.slot_writes)
         for write in inputs.logit_writes:
             self._write_rules(write)
-        for write in inputs.mask_writes:
-            mask = self._run("write_mask", (), self._rules.mask, np.int32(write.slot), write.mask)
+        for new in inputs.mask_writes:
+            mask = self._run("write_mask", (), self._rules.mask, np.int32(new.slot), new.mask)
             self._rules = self._rules._replace(mask=mask)
         if inputs.kind == "decode":
             key = (inputs.bucket, inputs.mode)
@@ -242,7 +246,7 @@ class Runner:
     def _lower(self, name: str, key: tuple, arguments: tuple) -> Any:
         cache, rest = named_sharding(self.mesh, AXES), named_sharding(self.mesh)
         # Output shardings are pinned: one that drifts would compile the next step again.
-        function, donated, out = {
+        programs: dict[str, tuple[Callable, tuple[int, ...], Any]] = {
             "decode": (self._decode, (1, 2, 3), (cache, rest, rest, rest)),
             "mixed": (self._mixed, (1, 3), (cache, rest, rest, rest)),
             "head": (self._head, (2, 6), rest),
@@ -251,7 +255,8 @@ class Runner:
             "write_slots": (_write_slots, (0, 1, 2), rest),
             "write_rules": (_write_rules, (0,), rest),
             "write_mask": (_write_mask, (0,), rest),
-        }[name]
+        }
+        function, donated, out = programs[name]
         return jax.jit(partial(function, *key), donate_argnums=donated, out_shardings=out).lower(*arguments)
 
     def _model(self, leaves: Sequence[jax.Array]) -> Any:
@@ -271,7 +276,7 @@ class Runner:
         model = self._model(leaves)
         x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
         fields = _sampling_fields(ints[slots], floats[slots], lengths)
-        drawn = sample(model.head(x), fields, mode, 0, self.config.logprobs_mode).tokens
+        drawn = sample(model.head(x), fields, mode, 0, self.logprobs_mode).tokens
         return cache, last_token.at[slots].set(drawn), tables, drawn
 
     def _mixed(self, bucket, leaves, cache, last_token, tables, packed):
@@ -303,7 +308,7 @@ class Runner:
         logits = self._model(leaves).head(rows[: bucket.rows])
         fields = _sampling_fields(ints[slots], floats[slots], step["positions"], slots, rules)
         top = self.config.max_logprobs if mode == "everything" else 0
-        drawn = sample(logits, fields, mode, top, self.config.logprobs_mode, whole_vocab)
+        drawn = sample(logits, fields, mode, top, self.logprobs_mode, whole_vocab)
         last_token = last_token.at[slots].set(drawn.tokens)
         if mode != "everything":
             return last_token, (), {"tokens": drawn.tokens}
@@ -371,8 +376,8 @@ class Runner:
             np.zeros(MAX_LOGIT_BIAS, np.int32),
             np.zeros(MAX_LOGIT_BIAS, np.float32),
         )
-        tokens = np.zeros(self.max_model_len, np.int32)
-        jobs.append(("write_rules", (), (rules, np.zeros(3, np.int32), tokens, mask, ids, values)))
+        history = np.zeros(self.max_model_len, np.int32)
+        jobs.append(("write_rules", (), (rules, np.zeros(3, np.int32), history, mask, ids, values)))
         jobs.append(("write_mask", (), (rules.mask, np.int32(0), mask)))
         return jobs
 
@@ -384,7 +389,7 @@ class CompilationCounter:
         self.total, self._warm = 0, None
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         self.total += event == "/jax/core/compile/backend_compile_duration"
 
     def close(self) -> None:
