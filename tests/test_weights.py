@@ -90,7 +90,7 @@ def test_gpt2s_fused_tensor_is_taken_apart(tmp_path, mesh):
         np.testing.assert_array_equal(np.concatenate(parts, -1), arrays[f"transformer.h.2.attn.c_attn.{name}"])
 
 
-def test_at_most_two_tensors_are_on_the_host(tmp_path, mesh):
+def test_few_tensors_are_on_the_host(tmp_path, mesh):
     checkpoint = open_checkpoint(tiny.write_checkpoint("llama", tmp_path))
     alive = weakref.WeakSet()
     most = 0
@@ -98,17 +98,18 @@ def test_at_most_two_tensors_are_on_the_host(tmp_path, mesh):
     class Referable(np.ndarray):
         __hash__ = object.__hash__
 
+        def __array_finalize__(self, _):  # called for views and casts too
+            nonlocal most
+            alive.add(self)
+            most = max(most, len(alive))
+
     def read(name):
-        nonlocal most
-        array = checkpoint.reader.read(name).copy().view(Referable)
-        alive.add(array)
-        most = max(most, len(alive))
-        return array
+        return checkpoint.reader.read(name).copy().view(Referable)
 
     reader = SimpleNamespace(names=checkpoint.reader.names, read=read)
     params = load_params(replace(checkpoint, reader=reader), "bfloat16", mesh)
     assert len(params) > 20
-    assert 1 <= most <= 2
+    assert 1 <= most <= 6  # of two tensors: as read, cast, transposed
 
 
 def test_loading_is_quick(tmp_path, mesh):

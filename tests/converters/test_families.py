@@ -49,6 +49,7 @@ def test_every_option_loads_and_every_tensor_has_its_place(variant):
         ("mistral_full_head_dim", {"windows": (None, None, None)}),
         ("qwen2", {"qkv_bias": True, "o_bias": False, "windows": (None, None, None)}),
         ("qwen2_window", {"windows": (None, 8, 8)}),
+        ("qwen2_legacy", {"windows": (None, None, 8), "dtype": "float16"}),
         ("qwen2_unused_window", {"windows": (None, None, None)}),
         ("qwen2_layer_types", {"windows": (4, None, 4)}),
         ("qwen3_bias_window", {"qk_norm": True, "qkv_bias": True, "o_bias": True, "windows": (None, 8, 8)}),
