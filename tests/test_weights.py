@@ -109,7 +109,7 @@ def test_few_tensors_are_on_the_host(tmp_path, mesh):
     reader = SimpleNamespace(names=checkpoint.reader.names, read=read)
     params = load_params(replace(checkpoint, reader=reader), "bfloat16", mesh)
     assert len(params) > 20
-    assert 1 <= most <= 6  # of two tensors: as read, cast, transposed
+    assert 1 <= most <= 16  # two tensors as read, cast, transposed, and what jax lets go of a little later; of 90
 
 
 def test_loading_is_quick(tmp_path, mesh):
