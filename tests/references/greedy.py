@@ -36,6 +36,15 @@ def error(kept: Sequence[dict[str, Any]], logits: np.ndarray) -> float:
     return worst
 
 
+def wrong_steps(ids: Sequence[int], reference: Sequence[int], near: Sequence[Sequence[float]], tie: float) -> list[int]:
+    """Steps with another token than the reference's, but for those where its two best logits lie within `tie`.
+
+    For tokens chosen after the reference's own; an answer that decodes on its own may differ from its first tie on.
+    """
+    ties = {step for step, gap in near if gap <= tie}
+    return [i for i, (one, other) in enumerate(zip(ids, reference, strict=True)) if one != other and i not in ties]
+
+
 def same_until_tie(ids: Sequence[int], reference: Sequence[int], near: Sequence[Sequence[float]], tie: float) -> bool:
     """Are the tokens the reference's, but for what follows a step whose two best logits lie within `tie`?"""
     for step, (token, expected) in enumerate(zip(ids, reference, strict=True)):
