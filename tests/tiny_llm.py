@@ -5,7 +5,10 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from jaxengine import LLM
+from jaxengine.engine.scheduler import Scheduler
 from tests.references import tiny
 from tests.vocabularies import byte_level
 
@@ -84,3 +87,68 @@ def _temporary():
 def shared_llm(kind="llama", **options):
     """The engine of these options; it lives until the process ends. Only for tests that leave it as it was."""
     return LLM(model_folder(kind), **(OPTIONS | options))
+
+
+def fresh_llm(kind="llama", pages=None, max_num_batched_tokens=None, **options):
+    """An engine to break or to close. It borrows the shared one's programs, so `options` may not change shapes.
+
+    pages: what each group of the scheduler may use, fewer than the device has. max_num_batched_tokens: the same.
+    """
+    llm = LLM(model_folder(kind), **(OPTIONS | options))
+    llm._runner._programs = shared_llm(kind)._runner._programs
+    engine = llm._loop._engine
+    if pages or max_num_batched_tokens:
+        engine.scheduler = Scheduler(
+            llm._runner.groups,
+            [pages or count for count in llm._runner.num_pages],
+            page_size=llm.config.page_size,
+            max_num_seqs=llm.config.max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens or llm.config.max_num_batched_tokens,
+            enable_prefix_caching=llm.config.enable_prefix_caching,
+            priority_aging_steps=llm.config.priority_aging_steps,
+        )
+    return llm
+
+
+def check_integrity(llm):
+    """No request, page or slot is left behind by an engine at rest."""
+    metrics = llm.get_metrics()
+    assert metrics["num_requests_running"] == metrics["num_requests_waiting"] == metrics["kv_cache_usage_perc"] == 0
+    llm._loop.call(lambda engine: engine.check_integrity())
+    assert llm._loop.num_requests == 0
+
+
+@cache
+def _reference_model(kind):
+    from jaxengine.sharding import create_mesh
+    from jaxengine.weights import load_params, open_checkpoint
+    from tests.models.harness import PagedModel
+
+    checkpoint = open_checkpoint(model_folder(kind))
+    params = load_params(checkpoint, "float32", create_mesh())
+    return PagedModel(checkpoint.config, params, MAX_LENGTH, rows=1)
+
+
+@cache
+def _reference_logits(kind, ids):
+    model = _reference_model(kind)
+    model.reset()
+    return np.concatenate([model.extend({0: ids[i : i + 64]})[0] for i in range(0, len(ids), 64)])
+
+
+def reference_logits(kind, ids):
+    """float32 [len(ids), vocab] of the model itself, without engine, batch or prefix cache."""
+    return _reference_logits(kind, tuple(ids))
+
+
+def reference_logprobs(kind, ids):
+    logits = reference_logits(kind, ids).astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+def count_ties(kind, prompt, tokens):
+    """How many of `tokens` are the most probable but for a near tie; a token that is less probable fails."""
+    logits = reference_logits(kind, [*prompt, *tokens])[len(prompt) - 1 : -1]
+    behind = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
+    assert (behind <= 1e-4).all(), f"token {behind.argmax()} of {tokens} lies {behind.max()} behind the best"
+    return int((behind > 0).sum())
