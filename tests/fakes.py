@@ -1,9 +1,9 @@
 """A device and a text sink in NumPy and plain Python, for tests of the engine's host side.
 
-The fake runner keeps in its pages what a model's cache amounts to: for each token its id, its position, and a state that
-depends on every token before it. The next token is a hash of all that it reads back through the page table within each
-group's window, so that a wrong page, a wrong position, a stale entry or a page that was reused too early cannot pass.
-`expected` computes the same from the token ids alone.
+The fake runner keeps in its pages what a model's cache amounts to: for each token its id, its position, and a state
+that depends on every token before it. The next token is a hash of all that it reads back through the page table within
+each group's window, so that a wrong page, a wrong position, a stale entry or a page that was reused too early cannot
+pass. `expected` computes the same from the token ids alone.
 """
 
 from collections.abc import Sequence
@@ -131,7 +131,7 @@ class FakeFlight:
 class FakeRunner:
     """Computes each step when it is submitted, in that order, and hands it over when asked.
 
-    fail: step number -> "submit" or "result", where the device fails; poison: a token that makes each step with it fail.
+    fail: step number -> "submit" or "result", where the device fails; poison: a token that fails each step.
     """
 
     def __init__(self, scheduler: Scheduler, buckets: Buckets, vocab: int, columns: int, fail=None, poison=None):
@@ -186,7 +186,7 @@ class FakeRunner:
             for table, pages in zip(self.tables, write.pages, strict=True):
                 table[write.slot] = 0
                 table[write.slot, : len(pages)] = pages
-            top_k, low, high, index, edits = write.ints
+            _, low, high, index, edits = write.ints
             self.slots[write.slot] = SimpleNamespace(
                 temperature=write.floats[0], repetition_penalty=write.floats[5], seed=[low, high], index=index,
                 edits=edits, mask=None, seen=None,
@@ -372,7 +372,8 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens, **options,
     )  # fmt: skip
     buckets = Buckets(
-        rows=powers_of_two(1, max_num_seqs), tokens=powers_of_two(min(4, max_num_batched_tokens), max_num_batched_tokens),
+        rows=powers_of_two(1, max_num_seqs),
+        tokens=powers_of_two(min(4, max_num_batched_tokens), max_num_batched_tokens),
         block_q=block_q, page_size=page_size, groups=len(windows), max_num_seqs=max_num_seqs,
     )  # fmt: skip
     runner = FakeRunner(scheduler, buckets, vocab, columns, fail, poison)

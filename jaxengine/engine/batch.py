@@ -1,8 +1,10 @@
 """Scheduled rows -> padded, bucketed NumPy arrays."""
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,11 +60,11 @@ def build_batch(rows: Seq[Row], buckets: Buckets, vocab_size: int) -> tuple[list
     wants_prompt = [row for row in rows if _wants_prompt_logprobs(row)]
     decode = len(sampling) == len(rows) and rows[-1].count == 1 and mode != "everything" and not wants_prompt
     fresh = [row.sequence for row in rows if row.sequence.fresh_slot]
-    writes = dict(
-        slot_writes=[_slot_write(sequence) for sequence in fresh],
-        logit_writes=[_logit_write(s, vocab_size) for s in fresh if s.request.edits_logits],
-        mask_writes=_mask_writes(rows, vocab_size),
-    )
+    writes: dict[str, Any] = {
+        "slot_writes": [_slot_write(sequence) for sequence in fresh],
+        "logit_writes": [_logit_write(s, vocab_size) for s in fresh if s.request.edits_logits],
+        "mask_writes": _mask_writes(rows, vocab_size),
+    }
     for sequence in fresh:
         sequence.fresh_slot = False
     if decode:
@@ -70,9 +72,8 @@ def build_batch(rows: Seq[Row], buckets: Buckets, vocab_size: int) -> tuple[list
         return rows, StepInputs("decode", bucket, _pack_decode(rows, bucket, buckets.max_num_seqs), mode, **writes)
     bucket = buckets.mixed(sum(row.count for row in rows))
     packed, targets = _pack_mixed(rows, bucket, buckets)
-    spans = [
-        span for row, span in _spans(rows) if _wants_prompt_logprobs(row) and row.sequence.params.prompt_logprobs == -1
-    ]
+    whole = {row for row in wants_prompt if row.sequence.params.prompt_logprobs == -1}
+    spans = [span for row, span in _spans(rows) if row in whole]
     head = buckets.head(len(sampling)) if sampling else None
     return rows, StepInputs(
         "mixed", bucket, packed, mode, head, _pack_head(rows, head, buckets.max_num_seqs) if head else None,
@@ -88,7 +89,7 @@ def _token(row: Row, position: int) -> int:
     return tokens[position] if position < len(tokens) else -1  # still on the device: the slot's last token
 
 
-def _spans(rows: Seq[Row]):
+def _spans(rows: Seq[Row]) -> Iterator[tuple[Row, tuple[int, int]]]:
     start = 0
     for row in rows:
         yield row, (start, start + row.count)
@@ -198,7 +199,8 @@ def _mask(sequence: Sequence, vocab_size: int) -> tuple[np.ndarray, frozenset[in
 
 def banned_tokens(sequence: Sequence) -> frozenset[int]:
     """Tokens that the sequence's next draw may not be: ends before min_tokens, and ends of bad words."""
-    request, banned = sequence.request, set()
+    request = sequence.request
+    banned: set[int] = set()
     if sequence.num_output + sequence.in_flight - 1 < sequence.params.min_tokens:  # this step's draw is in in_flight
         banned |= request.stop_token_ids
     for word in request.bad_word_ids:

@@ -165,7 +165,10 @@ class Engine:
         self.generation_tokens += sum(len(ids) for _, ids in drawn)
         self._apply_stops(drawn)
         for sequence, _ in drawn:
-            self._report(sequence.request)
+            if sequence.finished:
+                self._report(sequence.request)
+            else:
+                self._news[sequence.request] = None
         self._torn, self._committing = False, []
 
     def _apply_stops(self, drawn: list[tuple[Sequence, list[int]]]) -> None:

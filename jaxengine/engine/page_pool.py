@@ -69,7 +69,7 @@ class PagePool:
                 self._cached.pop(page, None)
 
     def release(self, pages: Iterable[int]) -> None:
-        """One reference less to each page; the last pages are evicted first, since a prefix is worth more than its end."""
+        """One reference less to each page; the last ones are evicted first: a prefix is worth more than its end."""
         for page in reversed(list(pages)):
             if not page:
                 continue

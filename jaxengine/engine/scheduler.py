@@ -1,4 +1,4 @@
-"""Who runs next, with how many tokens, on which pages. A pure function of its own state and the arrivals; plain Python."""
+"""Who runs next, with how many tokens, on which pages: a pure function of its own state and the arrivals."""
 
 import heapq
 from bisect import insort
@@ -125,9 +125,9 @@ class Scheduler:
             if count > 1:
                 count = min(count, budget)
                 budget -= count
-            if count and not self._reserve(sequence, count):
-                return rows  # the lower ranks land first, then they can be preempted
             if count:
+                if not self._reserve(sequence, count):
+                    return rows  # the lower ranks land first, then they can be preempted
                 rows.append(self._advance(sequence, count))
         rows.extend(self._advance(sequence, count) for sequence, count in self._admissions(budget))
         return rows
@@ -156,6 +156,8 @@ class Scheduler:
     def _allocate(self, sequence: Sequence, count: int, spare: int = 0) -> bool:
         columns = -(-(sequence.num_computed + count) // self.page_size)
         missing = [columns - len(pages) for pages in sequence.pages]
+        if max(missing) <= 0:
+            return True
         if any(m + spare > pool.num_free for m, pool in zip(missing, self.pools, strict=True) if m > 0):
             return False
         for m, pages, pool in zip(missing, sequence.pages, self.pools, strict=True):
@@ -277,7 +279,7 @@ class Scheduler:
         return self.enable_prefix_caching or sequence.params.n > 1
 
     def _hash(self, sequence: Sequence, count: int) -> None:
-        """Hashes the first `count` pages; a page's hash holds the weights' version and, without a cache, its request."""
+        """Hashes the first `count` pages; the hash holds the weights' version and, without a cache, the request."""
         if len(sequence.hashes) >= count:
             return
         salt = b"" if self.enable_prefix_caching else sequence.request.request_id.encode()

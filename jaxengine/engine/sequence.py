@@ -23,6 +23,8 @@ class Sequence:
     request: Request
     index: int  # among the request's n
     tokens: list[int]
+    params: SamplingParams = field(init=False)
+    num_prompt: int = field(init=False)
     num_computed: int = 0
     num_committed: int = 0
     in_flight: int = 0  # tokens sampled by steps that the host has not seen yet
@@ -44,18 +46,13 @@ class Sequence:
     logprobs: list[tuple] = field(default_factory=list)  # per output token: logprob, rank, top ids, top logprobs
     prompt_logprobs: list[tuple] = field(default_factory=list)  # per prompt position from the first one asked for
 
+    def __post_init__(self):
+        self.params, self.num_prompt = self.request.params, len(self.request.prompt_token_ids)
+
     def clear(self) -> None:
         """Nothing of it is on the device any more; its tokens stay."""
         self.slot, self.pages, self.uploaded, self.hashes = None, [], [], []
         self.num_computed = self.num_committed = self.num_published = self.in_flight = self.flights = 0
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.request.params
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_output(self) -> int:

@@ -26,14 +26,14 @@ def workloads(draw, faults=False):
     for i in range(draw(st.integers(1, 7))):
         prefix = draw(st.sampled_from(prefixes))
         prompt = prefix[: draw(st.integers(1, 24))] + draw(st.lists(st.integers(0, VOCAB - 1), max_size=4))
-        asked = dict(
-            max_tokens=draw(st.integers(1, 12)),
-            temperature=draw(st.sampled_from([0.0, 1.0])),
-            seed=draw(st.integers(0, 2**64 - 1)),
-            n=draw(st.sampled_from([1, 1, 1, 2, 3])),
-            priority=draw(st.integers(-1, 1)),
-            eos=draw(st.sampled_from([(), (3,), (5, 6, 7)])),
-        )
+        asked = {
+            "max_tokens": draw(st.integers(1, 12)),
+            "temperature": draw(st.sampled_from([0.0, 1.0])),
+            "seed": draw(st.integers(0, 2**64 - 1)),
+            "n": draw(st.sampled_from([1, 1, 1, 2, 3])),
+            "priority": draw(st.integers(-1, 1)),
+            "eos": draw(st.sampled_from([(), (3,), (5, 6, 7)])),
+        }
         extra = draw(st.sampled_from(["", "", "", "logprobs", "prompt", "edits", "words"]))
         if extra == "logprobs":
             asked.update(logprobs=draw(st.sampled_from([0, 2, -1])))
