@@ -115,7 +115,7 @@ class Frontend:
             return []
         tokenizer = self._tokenizer_for("bad_words")
         found = [
-            tuple(tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False))
+            tuple(tokenizer.encode(prefix + (word.lstrip() or word), add_special_tokens=False))
             for word in words
             for prefix in ("", " ")
         ]

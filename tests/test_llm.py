@@ -276,8 +276,8 @@ def test_bias_allowed_tokens_and_bad_words(llm, ranking):
     assert set(drawn(llm, 60, temperature=50.0, allowed_token_ids=[7, 300, 599])) == {7, 300, 599}
     [plain] = generate(llm, PROMPT, {"max_tokens": 8})
     pieces = [llm.get_tokenizer().decode([token]) for token in plain.outputs[0].token_ids]
-    i = next(i for i in range(1, 7) if all(p.isascii() and len(p) > 1 for p in pieces[i : i + 1]))
-    for word in (pieces[i], pieces[i].strip()):
+    i = next(i for i in range(1, 8) if pieces[i].isascii() and len(pieces[i]) > 1)
+    for word in (pieces[i], pieces[i].strip() or pieces[i]):  # white space too
         [changed] = generate(llm, PROMPT, {"max_tokens": 8, "bad_words": [word]})
         assert changed.outputs[0].token_ids[:i] == plain.outputs[0].token_ids[:i]
         assert changed.outputs[0].token_ids[i] != plain.outputs[0].token_ids[i]

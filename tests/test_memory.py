@@ -1,0 +1,86 @@
+"""The memory plan: pages for one group and for several, within the budget."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxengine import EngineConfig, MemoryPlanError
+from jaxengine.kv_cache import CacheGroup
+from jaxengine.memory import CPU_CACHE_BYTES, GIB, Sizes, plan_pages, temporary_bytes
+from tests.tiny_llm import shared_llm
+
+SIZES = Sizes(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=256, page_size=16)
+FULL = CacheGroup((0, 1), None, 2, 16)
+WINDOW = CacheGroup((2,), 32, 2, 16)
+BYTES = {"full": 2 * 2 * 2 * 16 * 16 * 4, "window": 2 * 2 * 16 * 16 * 4}
+
+
+def device(platform="cpu", **stats):
+    return SimpleNamespace(platform=platform, memory_stats=lambda: stats or None)
+
+
+def plan(groups, where=None, *, sizes=SIZES, temporary=0, **config):
+    model = shared_llm().model_config
+    return plan_pages(EngineConfig(**config), model, groups, sizes, "float32", temporary, where or device())
+
+
+def test_enough_for_every_row_and_no_more_on_a_cpu():
+    assert plan([FULL]) == (4 * 16 + 1,)
+    # A window of 32 and a step of 64 tokens: 6 pages, and one that they may reach into.
+    assert plan([FULL, WINDOW]) == (65, 4 * 7 + 1)
+    assert plan([FULL], kv_cache_memory_bytes=10**12) == (65,)
+
+
+def test_a_budget_is_shared_in_proportion():
+    budget = (65 * BYTES["full"] + 29 * BYTES["window"]) // 2
+    full, window = plan([FULL, WINDOW], kv_cache_memory_bytes=budget)
+    assert 28 <= full <= 34 and 12 <= window <= 16
+
+
+@given(st.integers(1, 10**6), st.sampled_from([[FULL], [WINDOW], [FULL, WINDOW], [WINDOW, FULL]]))
+def test_the_budget_holds(budget, groups):
+    page_bytes = [group.page_bytes(16, "float32") for group in groups]
+    if budget < 2 * sum(page_bytes):
+        with pytest.raises(MemoryPlanError, match=f"{2 * sum(page_bytes):,}"):
+            plan(groups, kv_cache_memory_bytes=budget)
+    else:
+        pages = plan(groups, kv_cache_memory_bytes=budget)
+        assert min(pages) >= 2 and sum(count * size for count, size in zip(pages, page_bytes)) <= budget
+
+
+def test_what_a_gpu_has_left():
+    gpu = device("gpu", bytes_limit=int(0.75 * 80 * GIB), bytes_in_use=20 * GIB)
+    [pages] = plan([FULL], gpu, temporary=GIB, gpu_memory_utilization=0.5)
+    assert abs(pages * BYTES["full"] - 19 * GIB) < GIB // 100  # more than every row fills: the rest is prefix cache
+    [most] = plan([FULL], gpu, temporary=GIB)
+    assert abs(most * BYTES["full"] - 39 * GIB) < GIB // 100  # jax has 60 GiB of the 72 asked for
+    with pytest.raises(MemoryPlanError, match=r"20\.00 GiB are in use.*close"):
+        plan([FULL], gpu, temporary=GIB, gpu_memory_utilization=0.2)
+
+
+def test_a_fraction_that_jax_was_given(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    gpu = device("gpu", bytes_limit=int(0.9 * 80 * GIB), bytes_in_use=0)
+    [pages] = plan([FULL], gpu, gpu_memory_utilization=0.9)
+    assert abs(pages * BYTES["full"] - 72 * GIB) < GIB // 100
+
+
+def test_a_cpu_gives_a_quarter_of_what_is_free(monkeypatch):
+    monkeypatch.setattr("jaxengine.memory._free_host_bytes", lambda: 100 * BYTES["full"])
+    assert plan([FULL]) == (25,)
+    monkeypatch.setattr("jaxengine.memory._free_host_bytes", lambda: 10**15)
+    many = Sizes(max_num_seqs=10**4, max_num_batched_tokens=10**4, max_model_len=10**5, page_size=16)
+    [pages] = plan([FULL], sizes=many)
+    assert pages == CPU_CACHE_BYTES // BYTES["full"]
+
+
+def test_temporaries_are_an_upper_bound():
+    runner = shared_llm()._runner
+    assert runner._programs
+    sizes = Sizes(8, 32, 256, 8)
+    bound = temporary_bytes(runner.model, sizes, 20, "float32", "xla")
+    assert runner.temporary_bytes == bound
+    for program in list(runner._programs.values()):
+        assert program.memory_analysis().temp_size_in_bytes <= bound
