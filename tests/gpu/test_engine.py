@@ -1,0 +1,108 @@
+"""The engine with kernels against the engine with `reference`: the shipped model, and tiny ones with odd shapes."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from jaxengine import LLM, SamplingParams
+from tests import tiny_llm
+
+pytestmark = pytest.mark.gpu
+KERNELS = "triton"
+TIE = 1e-4  # of two logits: between them rounding may choose
+SMALL = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "max_model_len": 256, "kv_cache_memory_bytes": 2**28}
+BEGINNINGS = (
+    "import", "def add(a, b):\n", "class Node:\n", "for i in range(", "    return self.", "# ", '"""Parse ',
+    "from collections import", "try:\n", "with open(", "if __name__ ==", "raise ValueError(", "async def ", "x = [",
+)  # fmt: skip
+
+
+def prompts(llm, count=32):
+    """Token ids of many lengths: some decode while others come in chunks, some share pages with others."""
+    texts = [a + b * n for (a, b), n in zip(itertools.product(BEGINNINGS, BEGINNINGS), itertools.cycle((0, 1, 3, 7)))]
+    return [(ids * 40)[: 1 + 13 * i % 180] if i % 3 else ids for i, ids in enumerate(llm.encode(texts)[:count])]
+
+
+def generate(folder, dtype, attention, tokens=48, **options):
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=2)
+    with LLM(folder, dtype=dtype, attention=attention, **(SMALL | options)) as llm:
+        assert llm._runner.attention == attention
+        asked = (
+            prompts(llm) if folder != tiny_llm.model_folder("windows") else [[7 + i] * (1 + 5 * i) for i in range(32)]
+        )
+        outputs = llm.generate(asked, params, use_tqdm=False)
+    return [output.outputs[0] for output in outputs]
+
+
+def assert_same_until_tie(ours, theirs):
+    ties = 0
+    for a, b in zip(ours, theirs, strict=True):
+        if list(a.token_ids) == list(b.token_ids):
+            continue
+        step = next(i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids)) if x != y)
+        first, second = b.logprobs.top_logprobs[step]
+        assert first - second <= TIE, f"token {step}: {a.token_ids[step]} instead of {b.token_ids[step]}"
+        ties += 1
+    assert ties <= len(ours) // 8
+
+
+@pytest.mark.parametrize("kind", ["shipped", "windows"])
+def test_kernels_give_the_tokens_of_the_reference_in_float32(kind, shipped_model):
+    folder = shipped_model if kind == "shipped" else tiny_llm.model_folder(kind)
+    assert_same_until_tie(generate(folder, "float32", KERNELS), generate(folder, "float32", "reference"))
+
+
+def prompt_logprobs(folder, dtype, attention):
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    with LLM(folder, dtype=dtype, attention=attention, **SMALL) as llm:
+        outputs = llm.generate(prompts(llm), params, use_tqdm=False)
+    return np.concatenate([output.prompt_logprobs.logprobs for output in outputs if len(output.prompt_token_ids) > 1])
+
+
+def test_teacher_forced_log_probabilities_in_bfloat16(shipped_model):
+    kernels, reference = (prompt_logprobs(shipped_model, "bfloat16", which) for which in (KERNELS, "reference"))
+    exact = prompt_logprobs(shipped_model, "float32", "reference")
+    assert len(kernels) > 1000
+    for name, other in (("bfloat16", reference), ("float32", exact)):
+        difference = kernels - other
+        size = np.abs(difference)
+        # Shown by `make gpu-test PYTEST_ARGS=-s`, for benchmarks/README.md.
+        print(f"bfloat16 kernels - {name} reference: {difference.mean():.1e} {size.mean():.1e} {size.max():.1e}")  # noqa: T201
+    assert np.abs(kernels - reference).mean() <= 5e-3
+    assert abs((kernels - exact).mean()) <= 5e-3
+
+
+def test_the_step_calls_the_kernels(shipped_model):
+    with LLM(shipped_model, attention=KERNELS, **SMALL) as llm:
+        jobs = {name: (name, key, arguments) for name, key, arguments in llm._runner._all_programs()}
+        texts = {name: llm._runner._lower(*jobs[name]).as_text() for name in ("decode", "mixed")}
+    for name, kernels in {"decode": ("paged_decode", "kv_write"), "mixed": ("paged_extend", "kv_write")}.items():
+        for kernel in kernels:
+            assert kernel in texts[name]
+
+
+def test_no_compilation_after_warmup(shipped_model):
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 128}
+    with LLM(shipped_model, attention=KERNELS, warmup=True, **(SMALL | limits)) as llm:
+        every = [
+            SamplingParams(temperature=0, max_tokens=9),
+            SamplingParams(temperature=0.7, top_p=0.9, max_tokens=7),
+            SamplingParams(top_k=5, logprobs=3, prompt_logprobs=2, max_tokens=5),
+            SamplingParams(presence_penalty=1.0, logit_bias={5: 2.0}, n=2, max_tokens=6),
+        ]
+        asked = prompts(llm)
+        llm.generate(asked, [every[i % len(every)] for i in range(len(asked))], use_tqdm=False)
+        assert llm.get_metrics()["compilations_after_warmup"] == 0
+
+
+def test_close_gives_the_memory_back(shipped_model):
+    device = jax.devices()[0]
+    before = device.memory_stats()["bytes_in_use"]
+    llm = LLM(shipped_model, attention=KERNELS, **SMALL)
+    llm.generate("import", SamplingParams(max_tokens=4), use_tqdm=False)
+    held = device.memory_stats()["bytes_in_use"]
+    llm.close()
+    assert held - before > SMALL["kv_cache_memory_bytes"] // 2
+    assert device.memory_stats()["bytes_in_use"] - before < 2**20
