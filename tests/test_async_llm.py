@@ -79,16 +79,22 @@ def test_cancelling_frees_everything(engine):
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, asyncio.CancelledError) for result in results)
         await idle(engine)
+        assert (await engine.get_metrics())["request_success"]["abort"] >= 8
 
     asyncio.run(main())
     check_integrity(engine._llm)
 
 
 def test_leaving_early_and_aborting(engine):
+    async def aborted():
+        return (await engine.get_metrics())["request_success"].get("abort", 0)
+
     async def main():
+        before = await aborted()
         async for _ in engine.generate("hello", ENDLESS):
             break
         await idle(engine)
+        assert await aborted() == before + 1
         outputs = engine.generate("hello", ENDLESS, request_id="mine")
         await anext(outputs)
         engine.abort("mine")

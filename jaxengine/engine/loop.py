@@ -114,8 +114,10 @@ class EngineLoop:
             self._end = EngineError(f"the engine cannot go on: {type(error).__name__}: {error}")
             self._end.__cause__ = error
         finally:
-            self._fail_all()
-            self._on_exit()
+            try:
+                self._fail_all()
+            finally:
+                self._on_exit()
 
     def _next_commands(self) -> list[Callable[[], None]] | None:
         """What to do before the next step; waits while there is nothing at all. None: the end."""
@@ -139,4 +141,7 @@ class EngineLoop:
         for command in commands:  # someone may wait for one
             command()
         for request, _ in list(self._listeners.values()):
-            self._fail(request, self._end)
+            try:
+                self._fail(request, self._end)
+            except Exception:  # a listener's; the others are told all the same
+                logger.exception("request %s cannot be told that the engine ended", request.request_id)

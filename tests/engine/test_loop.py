@@ -163,6 +163,7 @@ def test_close_before_the_thread_has_seen_a_request(monkeypatch):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_ctrl_c_ends_the_requests_and_leaves_the_engine_usable(want, streamed):
     llm = shared_llm()
+    aborted = llm.get_metrics()["request_success"].get("abort", 0)
     slow_down(llm)
     timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
     timer.start()
@@ -177,6 +178,7 @@ def test_ctrl_c_ends_the_requests_and_leaves_the_engine_usable(want, streamed):
         timer.cancel()
         del llm._loop._engine.step
     idle(llm)
+    assert llm.get_metrics()["request_success"]["abort"] > aborted
     assert tokens(llm) == want
 
 
