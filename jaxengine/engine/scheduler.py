@@ -298,8 +298,7 @@ class Scheduler:
         if self._computing.get(content) is sequence:
             del self._computing[content]
             for waiter in self._deferred.pop(content, ()):
-                if not waiter.finished:
-                    heapq.heappush(self._waiting, (waiter.rank, waiter))
+                heapq.heappush(self._waiting, (waiter.rank, waiter))
 
     def reset_prefix_cache(self) -> None:
         for pool in self.pools:

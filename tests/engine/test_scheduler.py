@@ -93,6 +93,16 @@ def test_a_shared_context_is_computed_once(caching):
     assert engine.runner.max_flying == flights + 1
 
 
+def test_without_the_cache_requests_share_nothing_with_each_other():
+    engine = make_engine(pages=100, max_num_batched_tokens=16, enable_prefix_caching=False)
+    for i in range(2):
+        engine.add(make_request(i, [i % 16 for i in range(41)], max_tokens=1, n=2))
+    while engine.has_work:
+        engine.step()
+    assert engine.runner.computed == 2 * (41 + 1)  # the second completion computes the last token only
+    assert engine.scheduler.prefix_hits == 0
+
+
 def test_scores_wait_for_their_context_too():
     context = [i % 16 for i in range(40)]
     engine = make_engine(pages=100, max_num_batched_tokens=16)
