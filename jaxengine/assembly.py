@@ -165,7 +165,8 @@ def _load_weights(checkpoint: Checkpoint, config: EngineConfig, mesh: jax.shardi
     try:
         with counting_bar("Loading weights", show=logger.isEnabledFor(logging.INFO)) as progress:
             params = load_params(checkpoint, config.dtype, mesh, seed=config.seed, on_tensor=progress)
-        return prepare(checkpoint.config, params, config.fuse_weights)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        return prepare(checkpoint.config, params, config.fuse_weights, transpose=on_cpu)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -9,7 +9,18 @@ from jax.sharding import Mesh
 
 from jaxengine.errors import ConfigError, UnsupportedError
 
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "relu2", "tanh", "sigmoid")
+ACTIVATIONS = (
+    "silu",
+    "gelu",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "gelu_fast",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "tanh",
+    "sigmoid",
+)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -101,7 +112,9 @@ class EngineConfig:
     logprobs_mode: str = "raw"  # raw: the model's distribution; processed: the one the token was drawn from
     fuse_weights: bool = True  # one product for q, k, v and one for gate, up
     seed: int = 0  # of requests that name none, and of dummy weights
-    compilation_cache: bool | str | Path = True  # False: none; a path: there; True: jax's setting, else the default folder
+    compilation_cache: bool | str | Path = (
+        True  # False: none; a path: there; True: jax's setting, else the default folder
+    )
     enforce_eager: bool = False  # compile each program when it is first needed; contradicts warmup=True
     warmup: bool = False  # compile every program before the first request
     tensor_parallel_size: int = 1
@@ -126,9 +139,13 @@ class EngineConfig:
         check("attention", self.attention in ("auto", "reference", "xla", "triton"), "auto, reference, xla or triton")
         check("max_logprobs", _is_int(self.max_logprobs) and self.max_logprobs >= 0, "0 or more")
         check("logprobs_mode", self.logprobs_mode in ("raw", "processed"), "raw or processed")
-        check("warmup", not (self.warmup and self.enforce_eager), "False when enforce_eager=True asks for lazy compiling")
+        check(
+            "warmup", not (self.warmup and self.enforce_eager), "False when enforce_eager=True asks for lazy compiling"
+        )
         if self.quantization is not None:
-            raise UnsupportedError(f"quantization={self.quantization!r}: only unquantized weights are served; leave it None")
+            raise UnsupportedError(
+                f"quantization={self.quantization!r}: only unquantized weights are served; leave it None"
+            )
         mesh_size = 1 if self.mesh is None else self.mesh.size
         for name, size in (("tensor_parallel_size", self.tensor_parallel_size),
                            ("data_parallel_size", self.data_parallel_size), ("mesh", mesh_size)):  # fmt: skip

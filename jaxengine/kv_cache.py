@@ -45,8 +45,15 @@ class KVCache(NamedTuple):
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
 
-    def with_layer(self, layer: int, k: jax.Array, v: jax.Array) -> "KVCache":
-        return KVCache((*self.k[:layer], k, *self.k[layer + 1 :]), (*self.v[:layer], v, *self.v[layer + 1 :]))
+    def layer(self, i: int) -> "LayerCache":
+        return LayerCache(self.k[i], self.v[i])
+
+
+class LayerCache(NamedTuple):
+    """K and V of one layer."""
+
+    k: jax.Array
+    v: jax.Array
 
 
 def create_cache(groups: Sequence[CacheGroup], pages: Sequence[int], page_size: int, dtype, mesh: Mesh) -> KVCache:

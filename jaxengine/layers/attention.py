@@ -1,13 +1,13 @@
 """Paged attention behind one function, whatever implementation runs it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxengine.kv_cache import KVCache, write_pages
+from jaxengine.kv_cache import LayerCache, write_pages
 from jaxengine.layers import xla_attention
 
 Implementation = Literal["reference", "xla", "triton"]
@@ -39,37 +39,52 @@ class AttentionInputs:
     implementation: Implementation  # static
     block_q: int  # static: tokens in a block
 
+    def for_layer(self, i: int) -> "LayerInputs":
+        group = self.layer_group[i]
+        return LayerInputs(replace(self, page=(), tables=(), layer_group=()), self.page[group], self.tables[group])
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "page", "table"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class LayerInputs:
+    """AttentionInputs as one layer sees them."""
+
+    step: AttentionInputs  # without the groups' arrays
+    page: jax.Array  # int32 [tokens]
+    table: jax.Array  # int32 [rows, columns]
+
 
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    inputs: AttentionInputs,
-    layer: int,
-    cache: KVCache,
+    inputs: LayerInputs,
+    cache: LayerCache,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, LayerCache]:
     """Writes k, v to the layer's pages, then attends causally to all of each row.
 
     q [tokens, heads, head_dim]; k, v [tokens, kv_heads, head_dim]. Returns [tokens, heads, head_dim] and the new cache.
     """
-    group = inputs.layer_group[layer]
-    table, page = inputs.tables[group], inputs.page[group]
+    step, table = inputs.step, inputs.table
     options = {"scale": scale, "window": window, "softcap": softcap}
-    write, decode, extend = _functions(inputs.implementation)
-    pools = write(cache.k[layer], cache.v[layer], k, v, page, inputs.offset)
-    cache = cache.with_layer(layer, *pools)
-    rows = len(inputs.lengths)
-    if inputs.block_row is None:
-        return decode(q[:, None], *pools, table, inputs.lengths, **options)[:, 0], cache
-    single = jnp.where(inputs.q_len == 1, inputs.lengths, 0)
-    out = extend(q, *pools, table, inputs.block_row, inputs.block_start, inputs.q_start, inputs.q_len, inputs.lengths,
-                 block_q=inputs.block_q, **options)  # fmt: skip
+    write, decode, extend = _functions(step.implementation)
+    cache = LayerCache(*write(*cache, k, v, inputs.page, step.offset))
+    rows = len(step.lengths)
+    if step.block_row is None:
+        return decode(q[:, None], *cache, table, step.lengths, **options)[:, 0], cache
+    single = jnp.where(step.q_len == 1, step.lengths, 0)
+    out = extend(q, *cache, table, step.block_row, step.block_start, step.q_start, step.q_len, step.lengths,
+                 block_q=step.block_q, **options)  # fmt: skip
     # Each token is in a single row or in a block, and zero in the other result.
-    return out.at[:rows].add(decode(q[:rows, None], *pools, table, single, **options)[:, 0]), cache
+    return out.at[:rows].add(decode(q[:rows, None], *cache, table, single, **options)[:, 0]), cache
 
 
 def _functions(implementation: Implementation):

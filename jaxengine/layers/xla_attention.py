@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jaxengine.layers.linear import precision
 
-BLOCK_TOKENS = 128  # keys per step of the loop
+BLOCK_BYTES = 2**20  # of the keys that one step of the loop gathers: they stay in the processor's cache
+BLOCK_TOKENS = 256  # of each row, at most
 
 
 def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, softcap=None) -> jax.Array:
@@ -60,19 +61,21 @@ def paged_extend(
 def _attend(q, k_pages, v_pages, table, positions, first, end, scale, window, softcap):
     """q [R, KH, M, D] at positions [R, M] against keys first..end of each row's pages -> [R, KH, M, D]."""
     page_size = k_pages.shape[2]
-    per_block = max(1, BLOCK_TOKENS // page_size)
+    page_bytes = k_pages.shape[1] * page_size * k_pages.shape[3] * 4  # of a page in float32
+    # At least two blocks: with one, XLA changes the layout of the pool, which copies all of it.
+    limits = BLOCK_BYTES // (len(q) * page_bytes), BLOCK_TOKENS // page_size, table.shape[1] // 2
+    per_block = max(1, min(limits))
     block = per_block * page_size
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
-    heads = jnp.arange(k_pages.shape[1])[None, :, None]
     dot = partial(jnp.einsum, precision=precision(q.dtype), preferred_element_type=jnp.float32)
     shape = q.shape[:3]
 
     def body(i, carry):
         out, top, total = carry
-        pages = jax.lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1)[:, None, :]
-        k = k_pages[pages, heads].reshape(*shape[:2], block, -1)
-        v = v_pages[pages, heads].reshape(*shape[:2], block, -1)
-        scores = dot("rhmd,rhnd->rhmn", q, k.astype(q.dtype)) * scale
+        pages = jax.lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1)
+        # [R, pages, KH, page_size, D]; the promise spares a comparison for every element.
+        k, v = (pool.at[pages].get(mode="promise_in_bounds") for pool in (k_pages, v_pages))
+        scores = dot("rhmd,rphsd->rhmps", q, k.astype(q.dtype)).reshape(*shape, block) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         key = (i * block + jnp.arange(block))[None, None, None]
@@ -82,7 +85,8 @@ def _attend(q, k_pages, v_pages, table, positions, first, end, scale, window, so
         scores = jnp.where(seen, scores, -1e30)
         new_top = jnp.maximum(top, scores.max(-1))
         weight, decay = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0), jnp.exp(top - new_top)
-        out = out * decay[..., None] + dot("rhmn,rhnd->rhmd", weight.astype(q.dtype), v.astype(q.dtype))
+        paged_weight = weight.astype(q.dtype).reshape(*shape, per_block, page_size)
+        out = out * decay[..., None] + dot("rhmps,rphsd->rhmd", paged_weight, v.astype(q.dtype))
         return out, new_top, total * decay + weight.sum(-1)
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.full(shape, -1e30), jnp.zeros(shape)

@@ -54,21 +54,28 @@ def nest(params: Mapping[str, jax.Array]) -> dict:
     return tree
 
 
-def prepare(config: ModelConfig, params: dict[str, jax.Array], fuse: bool = True) -> dict[str, jax.Array]:
+def prepare(
+    config: ModelConfig, params: dict[str, jax.Array], fuse: bool = True, transpose: bool = False
+) -> dict[str, jax.Array]:
     """Canonical parameters -> those the step runs: q, k, v and gate, up joined, a tied head as a kernel of its own.
 
     Takes the arrays out of `params` one group at a time, so the peak is the model and one group. The kernel of a tied
-    head is the embedding transposed: streaming `[in, out]` is several times faster. `fuse=False` runs on the very
-    arrays it is given (and on the embedding where the head is tied).
+    head is the embedding transposed: streaming `[in, out]` is several times faster. `transpose`: kernels are stored
+    `[out, in]`, as `kernel_t`, and a tied head is the embedding itself; a CPU multiplies a few tokens by those faster.
+    `fuse=False` runs on the very arrays it is given (and on the embedding where the head is tied).
     """
     if not fuse:
         return dict(params)
-    if config.tie_word_embeddings:
-        params["lm_head.kernel"] = _transpose(params["embed_tokens.embedding"])
     for fused, parts in FUSED.items():
         for path in [path for path in params if path.split(".")[-2] == parts[0]]:
             scope, kind = path.removesuffix(path.split(parts[0])[-1]).removesuffix(parts[0]), path.split(".")[-1]
             params[f"{scope}{fused}.{kind}"] = _concatenate([params.pop(f"{scope}{part}.{kind}") for part in parts])
+    if transpose:
+        for path in [path for path in params if path.endswith(".kernel")]:
+            params[f"{path}_t"] = _transpose(params.pop(path))
+    if config.tie_word_embeddings:
+        embedding = params["embed_tokens.embedding"]
+        params |= {"lm_head.kernel_t": embedding} if transpose else {"lm_head.kernel": _transpose(embedding)}
     return params
 
 

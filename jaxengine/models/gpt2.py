@@ -7,9 +7,9 @@ import jax
 from flax import nnx
 
 from jaxengine.config import ModelConfig
-from jaxengine.kv_cache import KVCache
+from jaxengine.kv_cache import LayerCache
 from jaxengine.layers.activation import ACTIVATIONS
-from jaxengine.layers.attention import AttentionInputs, paged_attention
+from jaxengine.layers.attention import LayerInputs, paged_attention
 from jaxengine.layers.embedding import Embedding
 from jaxengine.layers.linear import Linear, Projections
 from jaxengine.layers.norm import LayerNorm
@@ -32,9 +32,9 @@ class Attention(nnx.Module):
         self.qkv = Projections(params, ("q_proj", "k_proj", "v_proj"), "qkv_proj", (width, width, width))
         self.o_proj = Linear(params["o_proj"])
 
-    def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: int, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         q, k, v = (y.reshape(len(x), -1, self.head_dim) for y in self.qkv(x))
-        y, cache = paged_attention(q, k, v, inputs, layer, cache, scale=self.scale, window=self.window)
+        y, cache = paged_attention(q, k, v, inputs, cache, scale=self.scale, window=self.window)
         return self.o_proj(y.reshape(len(x), -1)), cache
 
 
@@ -54,8 +54,8 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = LayerNorm(params["post_attention_layernorm"], config.norm_eps)
         self.mlp = MLP(config, params["mlp"])
 
-    def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: int, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        y, cache = self.self_attn(self.input_layernorm(x), inputs, layer, cache)
+    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        y, cache = self.self_attn(self.input_layernorm(x), inputs, cache)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 

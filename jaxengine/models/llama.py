@@ -4,6 +4,7 @@ Source: Touvron et al. 2023 and transformers' modeling files; options come from 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxengine.config import ModelConfig
-from jaxengine.kv_cache import KVCache
+from jaxengine.kv_cache import KVCache, LayerCache
 from jaxengine.layers.activation import ACTIVATIONS
-from jaxengine.layers.attention import AttentionInputs, paged_attention
+from jaxengine.layers.attention import AttentionInputs, LayerInputs, paged_attention
 from jaxengine.layers.embedding import Embedding
 from jaxengine.layers.linear import Linear, Projections, precision
 from jaxengine.layers.norm import RMSNorm
@@ -69,15 +70,15 @@ class Attention(nnx.Module):
         inv_freq, self.rope_factor = rope_frequencies(c.rope, max_model_len, c.max_position_embeddings)
         self.inv_freq = tuple(inv_freq.tolist())  # static: part of the program, not a parameter
 
-    def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: int, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """x [tokens, hidden] -> the same shape, and the cache with these tokens in it."""
         q, k, v = (y.reshape(len(x), -1, self.head_dim) for y in self.qkv(x))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         inv_freq = jnp.asarray(self.inv_freq, jnp.float32)
-        q = apply_rope(q, inputs.positions, inv_freq, self.rope_factor)
-        k = apply_rope(k, inputs.positions, inv_freq, self.rope_factor)
-        y, cache = paged_attention(q, k, v, inputs, layer, cache, scale=self.scale, window=self.window)
+        q = apply_rope(q, inputs.step.positions, inv_freq, self.rope_factor)
+        k = apply_rope(k, inputs.step.positions, inv_freq, self.rope_factor)
+        y, cache = paged_attention(q, k, v, inputs, cache, scale=self.scale, window=self.window)
         return self.o_proj(y.reshape(len(x), -1)), cache
 
 
@@ -102,10 +103,18 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(params["post_attention_layernorm"], config.norm_eps)
         self.mlp = MLP(config, params["mlp"])
 
-    def __call__(self, x: jax.Array, inputs: AttentionInputs, layer: int, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        y, cache = self.self_attn(self.input_layernorm(x), inputs, layer, cache)
+    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        y, cache = self.self_attn(self.input_layernorm(x), inputs, cache)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+@partial(jax.jit, static_argnums=0)
+def run_layer(
+    graph: nnx.GraphDef, state: nnx.State, x: jax.Array, inputs: LayerInputs, cache: LayerCache
+) -> tuple[jax.Array, LayerCache]:
+    """One layer. Under jit, because layers that differ only in their arrays are then traced once; XLA inlines it."""
+    return nnx.merge(graph, state)(x, inputs, cache)
 
 
 class Model(nnx.Module):
@@ -125,9 +134,11 @@ class Model(nnx.Module):
 
     def run_layers(self, x: jax.Array, inputs: AttentionInputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """x [T, hidden] -> the same shape, and the cache with these tokens in it."""
+        layers = []
         for i, layer in enumerate(self.layers):
-            x, cache = layer(x, inputs, i, cache)
-        return x, cache
+            x, written = run_layer(*nnx.split(layer), x, inputs.for_layer(i), cache.layer(i))
+            layers.append(written)
+        return x, KVCache(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers))
 
     def head(self, x: jax.Array) -> jax.Array:
         """x [rows, hidden] -> logits float32 [rows, vocab]."""

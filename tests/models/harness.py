@@ -31,6 +31,7 @@ class PagedModel:
         *,
         implementation: Implementation = "xla",
         fuse: bool = True,
+        transpose: bool = False,
         rows: int = 3,
         tokens: int = 64,
         page_size: int = 8,
@@ -43,7 +44,8 @@ class PagedModel:
             next(g for g, group in enumerate(self.groups) if i in group.layers) for i in range(config.num_layers)
         )
         self.columns = -(-max_model_len // page_size)
-        self.graph, self.state = nnx.split(build(config, prepare(config, dict(params), fuse), max_model_len))
+        prepared = prepare(config, dict(params), fuse, transpose)
+        self.graph, self.state = nnx.split(build(config, prepared, max_model_len))
         # Compiling is what these tests spend their time on; the least effort halves it.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         self._run = jax.jit(self._step, donate_argnums=1, compiler_options=options)

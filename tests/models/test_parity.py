@@ -13,7 +13,7 @@ from tests.references import tiny
 TOLERANCE = 1e-4  # of the largest logit
 # What decoding, other implementations or joined kernels could do differently; other variants run those in full only.
 TELLING = ("llama_mqa_head_dim", "llama_biases", "mistral", "qwen2_layer_types", "qwen3", "gpt2_inverse_layer")
-OPTIONS = ({}, {"implementation": "reference"}, {"fuse": False})
+OPTIONS = ({"transpose": True}, {"implementation": "reference"}, {"fuse": False})
 
 
 def cases(always: bool):
