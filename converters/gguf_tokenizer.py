@@ -15,6 +15,8 @@ from llama.cpp (and so from the tokenizer that the model was trained with):
   file lacks: transformers misses the ones and adds the others. Here as llama.cpp.
 """
 
+from functools import partial
+from operator import is_
 from typing import Any
 
 from converters import ConversionError
@@ -75,7 +77,7 @@ def tokenizer_json(file: GgufFile) -> dict[str, Any]:
     """What `tokenizers.Tokenizer.from_str` takes, as a dict. Raises ConversionError for kinds that are not known."""
     kind = require(file, "tokenizer.ggml.model", lambda v: v in ("gpt2", "llama"), "gpt2 or llama (SentencePiece)")
     for key, neutral in _NO_EFFECT.items():
-        require(file, f"tokenizer.ggml.{key}", lambda v, n=neutral: v is n, f"{neutral} or absent", neutral)
+        require(file, f"tokenizer.ggml.{key}", partial(is_, neutral), f"{neutral} or absent", neutral)
     if "tokenizer.ggml.precompiled_charsmap" in file.metadata:
         raise ConversionError(f"{file.path}: tokenizer.ggml.precompiled_charsmap is not supported")
     tokens = _tokens(file)

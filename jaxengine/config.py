@@ -10,17 +10,8 @@ from jax.sharding import Mesh
 from jaxengine.errors import ConfigError, UnsupportedError
 
 ACTIVATIONS = (
-    "silu",
-    "gelu",
-    "gelu_new",
-    "gelu_pytorch_tanh",
-    "gelu_fast",
-    "quick_gelu",
-    "relu",
-    "relu2",
-    "tanh",
-    "sigmoid",
-)
+    "silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "relu2", "tanh", "sigmoid",
+)  # fmt: skip
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -112,9 +103,7 @@ class EngineConfig:
     logprobs_mode: str = "raw"  # raw: the model's distribution; processed: the one the token was drawn from
     fuse_weights: bool = True  # one product for q, k, v and one for gate, up
     seed: int = 0  # of requests that name none, and of dummy weights
-    compilation_cache: bool | str | Path = (
-        True  # False: none; a path: there; True: jax's setting, else the default folder
-    )
+    compilation_cache: bool | str | Path = True  # False: none; a path: there; True: jax's setting or a default folder
     enforce_eager: bool = False  # compile each program when it is first needed; contradicts warmup=True
     warmup: bool = False  # compile every program before the first request
     tensor_parallel_size: int = 1

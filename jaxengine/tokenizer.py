@@ -291,9 +291,7 @@ def _as_in_file(backend: tokenizers.Tokenizer, name: str, folder: Path, config: 
         scheme = ("always" if config.get("legacy", False) else "first") if space else "never"
         splitter = pre_tokenizers.Metaspace("▁", scheme, split=False)
         strip = [decoders.Strip(" ", 1, 0)] if space else []
-        decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]  # type: ignore[list-item]
-        )
+        decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
         flags = {"fuse_unk": True, "byte_fallback": True}
     else:
         return False

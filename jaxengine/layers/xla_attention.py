@@ -85,6 +85,8 @@ def _attend(q, k_pages, v_pages, table, positions, first, end, scale, window, so
         scores = jnp.where(seen, scores, -1e30)
         new_top = jnp.maximum(top, scores.max(-1))
         weight, decay = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0), jnp.exp(top - new_top)
+        # Keys that no query of the row sees may be another request's, and NaN, which a weight of 0 does not stop.
+        v = jnp.where(seen.any(axis=(1, 2)).reshape(-1, per_block, 1, page_size, 1), v, 0)
         paged_weight = weight.astype(q.dtype).reshape(*shape, per_block, page_size)
         out = out * decay[..., None] + dot("rhmps,rphsd->rhmd", paged_weight, v.astype(q.dtype))
         return out, new_top, total * decay + weight.sum(-1)
