@@ -14,6 +14,7 @@ END_OF_TEXT = "<|endoftext|>"  # between two files; id 0
 HELD_OUT_PERCENT = 4
 # What others installed, tables of characters, and text that is one long string.
 _LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "lib-dynload"}
+_TESTS = {"test", "tests", "idle_test"}
 # Line ends stand alone, so that a prompt that ends with one is cut into the tokens that training saw; indentation
 # without its last space; words with the space before them; up to three digits; runs of other signs.
 _SPLIT = r"\n+| +(?= )| ?[^\W\d]+|\d{1,3}| ?[^\s\w]+|[^\S\n]+"
@@ -23,7 +24,8 @@ _SPLIT = r"\n+| +(?= )| ?[^\W\d]+|\d{1,3}| ?[^\s\w]+|[^\S\n]+"
 class Corpus:
     """Texts of the files to train on and of those held out, and a hash of all names and contents."""
 
-    train: list[str]
+    train: list[str]  # the library proper first, then its tests
+    library: int  # how many of `train` are no tests
     held_out: list[str]
     sha256: str
 
@@ -35,7 +37,8 @@ class Corpus:
 def read_corpus(folder: Path | None = None) -> Corpus:
     """Every module below the folder (this Python's standard library) that parses; held out by a hash of its name."""
     folder = folder or Path(sysconfig.get_paths()["stdlib"])
-    train: list[str] = []
+    library: list[str] = []
+    tests: list[str] = []
     held_out: list[str] = []
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -48,10 +51,11 @@ def read_corpus(folder: Path | None = None) -> Corpus:
             continue
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
         fraction = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 100
-        (held_out if fraction < HELD_OUT_PERCENT else train).append(content.decode().replace("\r\n", "\n"))
-    if not train:
+        kept = held_out if fraction < HELD_OUT_PERCENT else tests if _TESTS & set(Path(name).parts) else library
+        kept.append(content.decode().replace("\r\n", "\n"))
+    if not library:
         raise ValueError(f"{folder} holds no Python source; name the folder of a standard library")
-    return Corpus(train, held_out, digest.hexdigest())
+    return Corpus(library + tests, len(library), held_out, digest.hexdigest())
 
 
 def _parses(content: bytes) -> bool:
@@ -91,3 +95,11 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     end = [end_id(tokenizer)]
     rows = [end] + [[*encoding.ids, *end] for encoding in tokenizer.encode_batch_fast(texts)]
     return np.concatenate([np.array(row, np.int32) for row in rows])
+
+
+def openings(tokenizer: Tokenizer, tokens: np.ndarray) -> np.ndarray:
+    """Where functions and classes of the outermost level begin: `def` or `class` right behind a line end."""
+    vocabulary = tokenizer.get_vocab()
+    line_ends = [i for word, i in vocabulary.items() if set(word) == {"Ċ"}]  # the byte alphabet's newline
+    words = [vocabulary[word] for word in ("def", "class")]
+    return np.flatnonzero(np.isin(tokens[1:], words) & np.isin(tokens[:-1], line_ends)) + 1

@@ -26,7 +26,16 @@ from tokenizers import Tokenizer
 
 from scripts.function_heads import LOOP, NEW_TOKENS, Score, score_heads
 from scripts.shipped_network import Model, Params, Shape, write_json
-from scripts.stdlib_corpus import END_OF_TEXT, HELD_OUT_PERCENT, Corpus, encode, end_id, read_corpus, train_tokenizer
+from scripts.stdlib_corpus import (
+    END_OF_TEXT,
+    HELD_OUT_PERCENT,
+    Corpus,
+    encode,
+    end_id,
+    openings,
+    read_corpus,
+    train_tokenizer,
+)
 
 STARTED = time.monotonic()
 
@@ -37,7 +46,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of the model, of which it takes the name")
     add("--work", type=Path, default=Path(".cache/shipped_model"), help="folder of the tokenizer and the checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --work")
-    add("--minutes", type=float, default=5.0, help="time for the steps; reading, compiling and the end come on top")
+    add("--minutes", type=float, default=5.7, help="time for the steps; reading, compiling and the end come on top")
     add("--stdlib", type=Path, help="folder of a standard library; default: this Python's")
     add("--python", default=platform.python_version(), help="the version of that library, for the card")
     add("--attention", choices=("cudnn", "xla"), default="cudnn", help="cudnn needs an NVIDIA GPU")
@@ -46,7 +55,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--evaluations", type=int, default=20, help="how often held-out bits are measured and a checkpoint is made")
     add("--learning-rate", type=float, default=2e-3)
     add("--weight-decay", type=float, default=0.3)
-    add("--dropout", type=float, default=0.15)
+    add("--dropout", type=float, default=0.2)
     add("--new-tokens", type=int, default=NEW_TOKENS, help="a smaller number is for trying this script only")
     add("--seed", type=int, default=0)
     return parser.parse_args(arguments)
@@ -61,29 +70,44 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Trainer:
-    """The compiled parts: steps on random windows of the corpus, and the loss of the held-out text."""
+    """The compiled parts: steps on random windows of the corpus, and the loss of the held-out text.
+
+    Half of the windows begin where a function or class of the library does, as the prompts of the function heads do;
+    that also keeps the tests, which repeat themselves and are most of the text, to a third of what is seen.
+    """
 
     model: Model
     optimizer: optax.GradientTransformation
     batch: int
 
-    @partial(jax.jit, static_argnums=(0, 6), donate_argnums=(1, 2))
+    @partial(jax.jit, static_argnums=(0, 7), donate_argnums=(1, 2))
     def steps(
-        self, params: Params, state: optax.OptState, corpus: jax.Array, key: jax.Array, rate: jax.Array, count: int
+        self,
+        params: Params,
+        state: optax.OptState,
+        corpus: jax.Array,
+        begins: jax.Array,
+        key: jax.Array,
+        rate: jax.Array,
+        count: int,
     ) -> tuple[Params, optax.OptState, jax.Array]:
         """`count` optimizer steps at one learning rate; the mean loss in nats a token."""
         window = jnp.arange(self.model.shape.context + 1)
 
-        def loss_of(params: Params, tokens: jax.Array, key: jax.Array) -> jax.Array:
+        def loss_of(params: Params, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> jax.Array:
             network = self.model.network(params)
             logits = network.logits(network(tokens[:, :-1], key))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+            return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
 
         def step(carry: tuple[Params, optax.OptState], key: jax.Array) -> tuple[Any, jax.Array]:
             params, state = carry
-            where, noise = jax.random.split(key)
-            starts = jax.random.randint(where, (self.batch, 1), 0, corpus.size - window.size + 1)
-            loss, gradient = jax.value_and_grad(loss_of)(params, corpus[starts + window], noise)
+            where, which, loops, noise = jax.random.split(key, 4)
+            anywhere = jax.random.randint(where, (self.batch, 1), 0, corpus.size - window.size + 1)
+            opening = begins[jax.random.randint(which, (self.batch, 1), 0, begins.size)]
+            starts = jnp.where(jnp.arange(self.batch)[:, None] % 2, anywhere, opening)
+            places, weights = with_loops(loops, window, self.batch)
+            loss, gradient = jax.value_and_grad(loss_of)(params, corpus[starts + places], weights, noise)
             updates, state = self.optimizer.update(gradient, state, params)
             params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
             return (params, state), loss
@@ -104,6 +128,23 @@ class Trainer:
         return jax.lax.map(nats, windows).sum()
 
 
+def with_loops(key: jax.Array, window: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
+    """Which places of a window are read, and what their loss weighs: [batch, len(window)] each.
+
+    A quarter of the windows say some of their tokens two to four times over before they go on. How to repeat is not
+    learned (weight 0), how to go on is: greedy text of small models loops, and nothing that they read shows a way out.
+    """
+    draw = partial(jax.random.randint, shape=(batch, 1))
+    keys = jax.random.split(key, 4)
+    begin, length = draw(keys[0], minval=0, maxval=window.size - 256), draw(keys[1], minval=3, maxval=40)
+    repeats = jnp.where(draw(keys[2], minval=0, maxval=4) == 0, draw(keys[3], minval=1, maxval=4), 0)
+    first, last = begin + length, begin + length * (1 + repeats)  # of what is said again
+    again = (window >= first) & (window < last)
+    places = jnp.where(again, begin + (window - begin) % length, window - jnp.where(window < last, 0, last - first))
+    way_out = (window == last) & (repeats > 0)
+    return places, jnp.where(again, 0.0, jnp.where(way_out, 4.0, 1.0))
+
+
 def held_out_windows(tokens: np.ndarray, context: int, batch: int) -> np.ndarray:
     """Consecutive windows that share one token, so that each token but the first is predicted once."""
     count = math.ceil((len(tokens) - 1) / context)
@@ -114,8 +155,8 @@ def held_out_windows(tokens: np.ndarray, context: int, batch: int) -> np.ndarray
     return padded[places].reshape(-1, batch, context + 1)
 
 
-def train(options: argparse.Namespace, model: Model, corpus: jax.Array, bits_of: Callable[[Params], float],
-          trainer: Trainer) -> tuple[Params, dict[str, float]]:  # fmt: skip
+def train(options: argparse.Namespace, model: Model, corpus: jax.Array, begins: jax.Array,
+          bits_of: Callable[[Params], float], trainer: Trainer) -> tuple[Params, dict[str, float]]:  # fmt: skip
     """Steps until the time is up; the learning rate follows the share of the time that has passed."""
     manager = ocp.CheckpointManager(
         (options.work / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
@@ -136,7 +177,7 @@ def train(options: argparse.Namespace, model: Model, corpus: jax.Array, bits_of:
 
     root, budget, count = jax.random.key(options.seed, impl="rbg"), options.minutes * 60, options.steps_per_call
     step, seconds, best_bits = int(progress["step"]), float(progress["seconds"]), float(progress["best_bits"])
-    run = trainer.steps.lower(trainer, params, optimizer_state, corpus, root, jnp.float32(0), count).compile()
+    run = trainer.steps.lower(trainer, params, optimizer_state, corpus, begins, root, jnp.float32(0), count).compile()
     say(f"compiled; held out {bits_of(params):.4f} bits a byte")
     evaluated, first, losses = int(seconds / budget * options.evaluations), step, []
     started = time.monotonic() - seconds
@@ -144,7 +185,7 @@ def train(options: argparse.Namespace, model: Model, corpus: jax.Array, bits_of:
         share = seconds / budget
         rate = options.learning_rate * min(1, (step + 1) / 300) * (1 - share)
         key = jax.random.fold_in(root, step)
-        params, optimizer_state, loss = run(params, optimizer_state, corpus, key, jnp.float32(rate))
+        params, optimizer_state, loss = run(params, optimizer_state, corpus, begins, key, jnp.float32(rate))
         losses.append(float(loss))
         step, seconds = step + count, time.monotonic() - started
         if seconds / budget * options.evaluations < evaluated + 1 and seconds < budget:
@@ -242,7 +283,8 @@ first steps; it knows nothing but the source of Python's standard library, and w
 and {shape.kv_heads} for keys and values of {shape.head_dim}, tied embeddings, {shape.context} positions |
 | tokenizer | byte-level BPE, {shape.vocab_size} tokens, of the training files; `{END_OF_TEXT}` ends a file |
 | data | standard library of CPython {options.python}: {len(corpus.train)} files to train on \
-({run["tokens"]:,} tokens), {len(corpus.held_out)} held out by a hash of their name ({HELD_OUT_PERCENT}%) |
+({corpus.library} of them no tests; {run["tokens"]:,} tokens), {len(corpus.held_out)} held out by a hash of their name \
+({HELD_OUT_PERCENT}%) |
 | hash of the data | sha256 {corpus.sha256} |
 | licence | of the data: PSF License Version 2; of the model: Apache-2.0 |
 | held-out bits per byte | {bits:.3f}, over {corpus.held_out_bytes:,} bytes in windows of {shape.context} tokens |
@@ -253,7 +295,8 @@ and {shape.kv_heads} for keys and values of {shape.head_dim}, tied embeddings, {
 
 **Function heads.** Each of the {score.total} heads in `scripts/function_heads.py` is continued greedily, for at most
 {options.new_tokens} tokens, and the function cut out. It counts if `ast.parse` accepts it, if its body says something,
-and if it holds no run of {LOOP} or more tokens that only repeat those right before them. A function that has not ended
+and if it holds no run of {LOOP} or more tokens that only repeat those right before them. In training, a quarter of the
+windows said some of their tokens several times over, to show ways out of such loops. A function that has not ended
 by then is cut after its last full line.
 
 Made again, by the Python named above, with:
@@ -276,8 +319,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.resume:
         train_tokenizer(corpus.train, shape.vocab_size).save(str(vocabulary))
     tokenizer = Tokenizer.from_file(str(vocabulary))
-    tokens, held_out = encode(tokenizer, corpus.train), encode(tokenizer, corpus.held_out)
-    say(f"{len(tokens)} tokens, {corpus.held_out_bytes / len(held_out):.2f} held-out bytes a token")
+    library = encode(tokenizer, corpus.train[: corpus.library])
+    tests = encode(tokenizer, corpus.train[corpus.library :])
+    tokens, held_out = np.concatenate([library, tests]), encode(tokenizer, corpus.held_out)
+    begins = openings(tokenizer, library)
+    begins = begins[begins < len(tokens) - shape.context]
+    say(
+        f"{len(tokens)} tokens, {len(library)} of them no tests, {len(begins)} functions and classes, "
+        f"{corpus.held_out_bytes / len(held_out):.2f} held-out bytes a token"
+    )
 
     model = Model(shape, options.attention, options.dropout, options.seed)
     matrices = {name: leaf.ndim > 1 for name, leaf in model.initial.items()}
@@ -292,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def bits_of(params: Params) -> float:
         return float(trainer.held_out_nats(params, windows)) / math.log(2) / corpus.held_out_bytes
 
-    best, run = train(options, model, jnp.asarray(tokens), bits_of, trainer)
+    best, run = train(options, model, jnp.asarray(tokens), jnp.asarray(begins), bits_of, trainer)
     say(f"{run['steps']} steps, {run['tokens_per_second'] / 1e6:.3f} million tokens/s; parameters of the best kept")
 
     export(options.out, model, best, tokenizer)

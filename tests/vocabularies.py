@@ -1,16 +1,17 @@
 """Two small vocabularies for tests."""
 
 import json
+from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from tests.references import gguf_files
+STORED = Path(__file__).parent / "references" / "gguf" / "vocab.json"
 
 
 def byte_level(add_prefix_space=False):
     """A byte-level BPE of 600 tokens, ids 0 to 2 special, the letters of bytes from 3 on."""
-    stored = gguf_files.load("vocab")["bytes"]
+    stored = json.loads(STORED.read_text(encoding="utf-8"))["bytes"]
     vocab = {token: i for i, token in enumerate(stored["tokens"][:600])}
     backend = tokenizers.Tokenizer(models.BPE(vocab, [tuple(m.split(" ")) for m in stored["merges"]]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
