@@ -50,7 +50,8 @@ def test_the_budget_holds(budget, groups):
         assert min(pages) >= 2 and sum(count * size for count, size in zip(pages, page_bytes)) <= budget
 
 
-def test_what_a_gpu_has_left():
+def test_what_a_gpu_has_left(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)  # the command line sets it
     gpu = device("gpu", bytes_limit=int(0.75 * 80 * GIB), bytes_in_use=20 * GIB)
     [pages] = plan([FULL], gpu, temporary=GIB, gpu_memory_utilization=0.5)
     assert abs(pages * BYTES["full"] - 19 * GIB) < GIB // 100  # more than every row fills: the rest is prefix cache

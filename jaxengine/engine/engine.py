@@ -337,7 +337,11 @@ def _keep_prompt_logprobs(row: Row, start: int, prompt: tuple[np.ndarray, ...], 
     if whole is None:
         best = zip(top_ids[:, :wanted].copy(), top_logprobs[:, :wanted].copy(), strict=True)
     else:
-        best = map(_ranked, whole[offset : offset + count])  # type: ignore[assignment]
+        # From the same program as the rest of the vocabulary: another one may round otherwise.
+        rows = whole[offset : offset + count]
+        best = map(_ranked, rows)  # type: ignore[assignment]
+        logprob = rows[np.arange(count), sequence.tokens[first : first + count]]
+        rank = 1 + (rows > logprob[:, None]).sum(axis=1)
     for own, place, (ids, values) in zip(logprob.tolist(), rank.tolist(), best, strict=True):
         sequence.prompt_logprobs.append((own, place, ids, values))
 

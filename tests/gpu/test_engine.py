@@ -65,13 +65,16 @@ def test_teacher_forced_log_probabilities_in_bfloat16(shipped_model):
     kernels, reference = (prompt_logprobs(shipped_model, "bfloat16", which) for which in (KERNELS, "reference"))
     exact = prompt_logprobs(shipped_model, "float32", "reference")
     assert len(kernels) > 1000
-    for name, other in (("bfloat16", reference), ("float32", exact)):
-        difference = kernels - other
+    errors = {"kernels": kernels - exact, "reference": reference - exact, "between them": kernels - reference}
+    for name, difference in errors.items():
         size = np.abs(difference)
         # Shown by `make gpu-test PYTEST_ARGS=-s`, for benchmarks/README.md.
-        print(f"bfloat16 kernels - {name} reference: {difference.mean():.1e} {size.mean():.1e} {size.max():.1e}")  # noqa: T201
-    assert np.abs(kernels - reference).mean() <= 5e-3
-    assert abs((kernels - exact).mean()) <= 5e-3
+        print(
+            f"bfloat16, {name}: mean {difference.mean():.1e}, of absolutes {size.mean():.1e}, largest {size.max():.1e}"
+        )
+    assert max(abs(difference.mean()) for difference in errors.values()) <= 5e-3
+    # Each single one is rounded by bfloat16; the kernels' no worse than the reference's.
+    assert np.abs(errors["kernels"]).mean() <= 1.1 * np.abs(errors["reference"]).mean()
 
 
 def test_the_step_calls_the_kernels(shipped_model):
@@ -104,5 +107,5 @@ def test_close_gives_the_memory_back(shipped_model):
     llm.generate("import", SamplingParams(max_tokens=4), use_tqdm=False)
     held = device.memory_stats()["bytes_in_use"]
     llm.close()
-    assert held - before > SMALL["kv_cache_memory_bytes"] // 2
+    assert held - before > 2**24  # 11 MB of weights, and the cache
     assert device.memory_stats()["bytes_in_use"] - before < 2**20
