@@ -86,6 +86,7 @@ class EngineConfig:
     Sizes are in tokens unless the name says bytes.
     """
 
+    # Rope scalings of type dynamic and longrope take their frequencies from it, not from each text's length.
     max_model_len: int | None = None  # prompt and output together; None: what the model was made for
     dtype: str = "auto"  # of weights and activations; auto: bfloat16 on GPU (float16 stays), float32 on CPU
     quantization: str | None = None
