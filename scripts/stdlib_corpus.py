@@ -97,9 +97,15 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     return np.concatenate([np.array(row, np.int32) for row in rows])
 
 
+def line_ends(tokenizer: Tokenizer) -> np.ndarray:
+    """bool [vocabulary]: the tokens that are nothing but line ends."""
+    vocabulary = tokenizer.get_vocab()
+    found = np.zeros(len(vocabulary), bool)
+    found[[i for word, i in vocabulary.items() if set(word) == {"Ċ"}]] = True  # the byte alphabet's newline
+    return found
+
+
 def openings(tokenizer: Tokenizer, tokens: np.ndarray) -> np.ndarray:
     """Where functions and classes of the outermost level begin: `def` or `class` right behind a line end."""
-    vocabulary = tokenizer.get_vocab()
-    line_ends = [i for word, i in vocabulary.items() if set(word) == {"Ċ"}]  # the byte alphabet's newline
-    words = [vocabulary[word] for word in ("def", "class")]
-    return np.flatnonzero(np.isin(tokens[1:], words) & np.isin(tokens[:-1], line_ends)) + 1
+    words = [tokenizer.get_vocab()[word] for word in ("def", "class")]
+    return np.flatnonzero(np.isin(tokens[1:], words) & line_ends(tokenizer)[tokens[:-1]]) + 1

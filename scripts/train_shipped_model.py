@@ -1,21 +1,24 @@
 """Trains the model that ships with jaxengine on the source of Python's standard library, and writes it with its card.
 
-python -m scripts.train_shipped_model --out jaxengine/assets/stdlib-5m
+python -m scripts.train_shipped_model --loops 0 --openings 0 --out .cache/stdlib-5m
+python -m scripts.train_shipped_model --start .cache/stdlib-5m --out jaxengine/assets/stdlib-5m
 
-An Orbax checkpoint of the training state is kept in --work; `--resume` goes on from it, with the same options.
+The first learns the text, the second, short, how to leave loops. An Orbax checkpoint of the training state is kept in
+--work; `--resume` goes on from it, with the same options.
 """
 
 import argparse
 import math
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +35,7 @@ from scripts.stdlib_corpus import (
     Corpus,
     encode,
     end_id,
+    line_ends,
     openings,
     read_corpus,
     train_tokenizer,
@@ -46,6 +50,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of the model, of which it takes the name")
     add("--work", type=Path, default=Path(".cache/shipped_model"), help="folder of the tokenizer and the checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --work")
+    add("--start", type=Path, help="folder of a model of this script to train on, instead of a random one")
     add("--minutes", type=float, default=5.7, help="time for the steps; reading, compiling and the end come on top")
     add("--stdlib", type=Path, help="folder of a standard library; default: this Python's")
     add("--python", default=platform.python_version(), help="the version of that library, for the card")
@@ -53,9 +58,11 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=64, help="windows a step")
     add("--steps-per-call", type=int, default=50, help="optimizer steps in one call of the device")
     add("--evaluations", type=int, default=20, help="how often held-out bits are measured and a checkpoint is made")
+    add("--openings", type=float, default=0.5, help="share of the windows that begin where a function or class does")
+    add("--loops", type=float, default=0.5, help="share of the windows that say some of their lines several times over")
     add("--learning-rate", type=float, default=2e-3)
     add("--weight-decay", type=float, default=0.3)
-    add("--dropout", type=float, default=0.2)
+    add("--dropout", type=float, default=0.15)
     add("--new-tokens", type=int, default=NEW_TOKENS, help="a smaller number is for trying this script only")
     add("--seed", type=int, default=0)
     return parser.parse_args(arguments)
@@ -68,46 +75,69 @@ def say(text: str) -> None:
 # -- training
 
 
+WAY_OUT = 8  # tokens behind a loop that weigh more
+
+
+class Data(NamedTuple):
+    """What training reads, on the device."""
+
+    corpus: jax.Array  # int32 [tokens]
+    begins: jax.Array  # int32: where functions and classes of the library begin
+    ends_line: jax.Array  # bool [vocabulary]
+
+
+class Loops(NamedTuple):
+    """Which place of the window stands where, and which of them are said again or follow a loop; [batch, tokens]."""
+
+    places: jax.Array
+    again: jax.Array
+    way_out: jax.Array
+
+
 @dataclass(frozen=True)
 class Trainer:
     """The compiled parts: steps on random windows of the corpus, and the loss of the held-out text.
 
-    Half of the windows begin where a function or class of the library does, as the prompts of the function heads do;
-    that also keeps the tests, which repeat themselves and are most of the text, to a third of what is seen.
+    A share of `openings` begins where a function or class of the library does, as the prompts of the function heads do;
+    that also keeps the tests, which repeat themselves and are most of the text, to less of what is seen.
     """
 
     model: Model
     optimizer: optax.GradientTransformation
     batch: int
+    openings: float
+    loops: float
 
-    @partial(jax.jit, static_argnums=(0, 7), donate_argnums=(1, 2))
+    @partial(jax.jit, static_argnums=(0, 6), donate_argnums=(1, 2))
     def steps(
-        self,
-        params: Params,
-        state: optax.OptState,
-        corpus: jax.Array,
-        begins: jax.Array,
-        key: jax.Array,
-        rate: jax.Array,
-        count: int,
+        self, params: Params, state: optax.OptState, data: "Data", key: jax.Array, rate: jax.Array, count: int
     ) -> tuple[Params, optax.OptState, jax.Array]:
         """`count` optimizer steps at one learning rate; the mean loss in nats a token."""
+        corpus, begins, ends_line = data
         window = jnp.arange(self.model.shape.context + 1)
 
-        def loss_of(params: Params, tokens: jax.Array, weights: jax.Array, key: jax.Array) -> jax.Array:
+        def loss_of(params: Params, tokens: jax.Array, loops: Loops, key: jax.Array) -> jax.Array:
             network = self.model.network(params)
-            logits = network.logits(network(tokens[:, :-1], key))
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-            return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+            targets = tokens[:, 1:, None]
+            scores = jax.nn.log_softmax(network.logits(network(tokens[:, :-1], key)).astype(jnp.float32))
+            said = jnp.take_along_axis(scores, targets, -1)[..., 0]
+            others = jnp.where(jnp.arange(scores.shape[-1]) == targets, -jnp.inf, scores)
+            unsaid = jax.nn.logsumexp(others, axis=-1)  # log(1 - probability), exact where that is near 1
+            surprise = 1 - jnp.exp(jnp.take_along_axis(said, jnp.maximum(loops.places[:, 1:] - 1, 0), axis=1))
+            losses = jnp.where(loops.again[:, 1:], -unsaid * jax.lax.stop_gradient(surprise), -said)
+            weights = jnp.where(loops.way_out[:, 1:], 3.0, 1.0)
+            return (losses * weights).sum() / weights.sum()
 
         def step(carry: tuple[Params, optax.OptState], key: jax.Array) -> tuple[Any, jax.Array]:
             params, state = carry
             where, which, loops, noise = jax.random.split(key, 4)
             anywhere = jax.random.randint(where, (self.batch, 1), 0, corpus.size - window.size + 1)
             opening = begins[jax.random.randint(which, (self.batch, 1), 0, begins.size)]
-            starts = jnp.where(jnp.arange(self.batch)[:, None] % 2, anywhere, opening)
-            places, weights = with_loops(loops, window, self.batch)
-            loss, gradient = jax.value_and_grad(loss_of)(params, corpus[starts + places], weights, noise)
+            starts = jnp.where(jnp.arange(self.batch)[:, None] < round(self.batch * self.openings), opening, anywhere)
+            tokens = corpus[starts + window]
+            looped = draw_loops(loops, ends_line[tokens], self.loops)
+            tokens = jnp.take_along_axis(tokens, looped.places, axis=1)
+            loss, gradient = jax.value_and_grad(loss_of)(params, tokens, looped, noise)
             updates, state = self.optimizer.update(gradient, state, params)
             params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
             return (params, state), loss
@@ -128,21 +158,28 @@ class Trainer:
         return jax.lax.map(nats, windows).sum()
 
 
-def with_loops(key: jax.Array, window: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
-    """Which places of a window are read, and what their loss weighs: [batch, len(window)] each.
+def draw_loops(key: jax.Array, ends_line: jax.Array, share: float) -> Loops:
+    """A `share` of the windows says one to three of its lines two to four times over before it goes on.
 
-    A quarter of the windows say some of their tokens two to four times over before they go on. How to repeat is not
-    learned (weight 0), how to go on is: greedy text of small models loops, and nothing that they read shows a way out.
+    Greedy text of small models repeats lines without end, and nothing that they read shows a way out. Here what is said
+    again is learned against ("unlikelihood", Welleck et al. 2019, arXiv:1908.04319), as far as it was a surprise when
+    it was said first: indentation and brackets are no loop.
     """
-    draw = partial(jax.random.randint, shape=(batch, 1))
+    batch, size = ends_line.shape
+    window = jnp.arange(size)
     keys = jax.random.split(key, 4)
-    begin, length = draw(keys[0], minval=0, maxval=window.size - 256), draw(keys[1], minval=3, maxval=40)
-    repeats = jnp.where(draw(keys[2], minval=0, maxval=4) == 0, draw(keys[3], minval=1, maxval=4), 0)
+    order = jax.random.uniform(keys[0], ends_line.shape)
+    begin = jnp.argmax(jnp.where(ends_line & (window < size - 256), order, -1.0), axis=1)[:, None]
+    lines = jax.random.randint(keys[1], (batch, 1), 1, 4)
+    behind = jnp.cumsum(ends_line & (window > begin), axis=1) >= lines
+    length = jnp.argmax(behind, axis=1)[:, None] - begin
+    chosen = jax.random.bernoulli(keys[2], share, (batch, 1)) & (length > 2) & (length <= 60)
+    repeats = jnp.where(chosen, jax.random.randint(keys[3], (batch, 1), 1, 4), 0)
+    length = jnp.maximum(length, 1)
     first, last = begin + length, begin + length * (1 + repeats)  # of what is said again
     again = (window >= first) & (window < last)
     places = jnp.where(again, begin + (window - begin) % length, window - jnp.where(window < last, 0, last - first))
-    way_out = (window == last) & (repeats > 0)
-    return places, jnp.where(again, 0.0, jnp.where(way_out, 4.0, 1.0))
+    return Loops(places, again, (window >= last) & (window < last + WAY_OUT) & (repeats > 0))
 
 
 def held_out_windows(tokens: np.ndarray, context: int, batch: int) -> np.ndarray:
@@ -155,16 +192,15 @@ def held_out_windows(tokens: np.ndarray, context: int, batch: int) -> np.ndarray
     return padded[places].reshape(-1, batch, context + 1)
 
 
-def train(options: argparse.Namespace, model: Model, corpus: jax.Array, begins: jax.Array,
+def train(options: argparse.Namespace, model: Model, data: Data,
           bits_of: Callable[[Params], float], trainer: Trainer) -> tuple[Params, dict[str, float]]:  # fmt: skip
     """Steps until the time is up; the learning rate follows the share of the time that has passed."""
     manager = ocp.CheckpointManager(
         (options.work / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
     )
-    params = model.initial
-    progress = {"step": 0, "seconds": 0.0, "best_bits": math.inf}
-    state = {"params": params, "optimizer": trainer.optimizer.init(params), "best": jax.tree.map(jnp.copy, params),
-             "progress": progress}  # fmt: skip
+    params = model.load(options.start / "model.safetensors") if options.start else model.initial
+    progress = {"step": 0, "seconds": 0.0}
+    state = {"params": params, "optimizer": trainer.optimizer.init(params), "progress": progress}
     if options.resume:
         if (latest := manager.latest_step()) is None:
             raise SystemExit(f"--resume: {options.work} holds no checkpoint; start without --resume")
@@ -173,11 +209,11 @@ def train(options: argparse.Namespace, model: Model, corpus: jax.Array, begins: 
         say(f"going on after {progress['step']} steps, {progress['seconds']:.0f} s")
     elif manager.all_steps():
         raise SystemExit(f"{options.work} holds checkpoints of a former run; add --resume, or delete the folder")
-    params, optimizer_state, best = state["params"], state["optimizer"], state["best"]
+    params, optimizer_state = state["params"], state["optimizer"]
 
     root, budget, count = jax.random.key(options.seed, impl="rbg"), options.minutes * 60, options.steps_per_call
-    step, seconds, best_bits = int(progress["step"]), float(progress["seconds"]), float(progress["best_bits"])
-    run = trainer.steps.lower(trainer, params, optimizer_state, corpus, begins, root, jnp.float32(0), count).compile()
+    step, seconds = int(progress["step"]), float(progress["seconds"])
+    run = trainer.steps.lower(trainer, params, optimizer_state, data, root, jnp.float32(0), count).compile()
     say(f"compiled; held out {bits_of(params):.4f} bits a byte")
     evaluated, first, losses = int(seconds / budget * options.evaluations), step, []
     started = time.monotonic() - seconds
@@ -185,24 +221,21 @@ def train(options: argparse.Namespace, model: Model, corpus: jax.Array, begins: 
         share = seconds / budget
         rate = options.learning_rate * min(1, (step + 1) / 300) * (1 - share)
         key = jax.random.fold_in(root, step)
-        params, optimizer_state, loss = run(params, optimizer_state, corpus, begins, key, jnp.float32(rate))
+        params, optimizer_state, loss = run(params, optimizer_state, data, key, jnp.float32(rate))
         losses.append(float(loss))
         step, seconds = step + count, time.monotonic() - started
         if seconds / budget * options.evaluations < evaluated + 1 and seconds < budget:
             continue
         evaluated = int(seconds / budget * options.evaluations)
         bits = bits_of(params)
-        if bits < best_bits:
-            best_bits, best = bits, jax.tree.map(jnp.copy, params)
         say(f"step {step}: train {np.mean(losses):.3f} nats a token, held out {bits:.4f} bits a byte, lr {rate:.1e}")
         losses = []
-        progress = {"step": step, "seconds": seconds, "best_bits": best_bits}
-        tree = {"params": params, "optimizer": optimizer_state, "best": best, "progress": progress}
+        tree = {"params": params, "optimizer": optimizer_state, "progress": {"step": step, "seconds": seconds}}
         manager.save(step, args=ocp.args.StandardSave(tree))
     manager.wait_until_finished()
     manager.close()
     speed = (step - first) * options.batch * model.shape.context / max(seconds - float(state["progress"]["seconds"]), 1)
-    return best, {"steps": step, "minutes": seconds / 60, "tokens_per_second": speed}
+    return params, {"steps": step, "minutes": seconds / 60, "tokens_per_second": speed}
 
 
 # -- evaluation and export
@@ -262,10 +295,18 @@ def card(
     options: argparse.Namespace, shape: Shape, corpus: Corpus, run: dict[str, Any], bits: float, score: Score
 ) -> str:
     """The model card."""
-    chosen = {name: getattr(options, name) for name in ("minutes", "batch", "learning_rate", "weight_decay", "dropout")}
-    command = "python -m scripts.train_shipped_model " + shlex.join(
-        f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()
+    names = ("minutes", "batch", "openings", "loops", "learning_rate", "weight_decay", "dropout")
+    chosen = shlex.join(f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names)
+    start = f"--start=.cache/{options.out.name} --out=jaxengine/assets" if options.start else "--out=.cache"
+    command = f"python -m scripts.train_shipped_model {chosen} \\\n    {start}/{options.out.name}"
+    trained = (
+        f"{run['steps']} steps of {options.batch} x {shape.context} tokens in {run['minutes']:.1f} minutes on "
+        f"{run['device']}, {run['wall']:.1f} minutes in all, jax {jax.__version__}"
     )
+    if options.start:  # what its card says of the first part comes first
+        first = (options.start / "README.md").read_text()
+        trained = first.split("| training | ")[1].split(" |")[0] + "; then " + trained
+        command = first.split("```\n")[1] + command
     return f"""\
 ---
 license: apache-2.0
@@ -290,19 +331,17 @@ and {shape.kv_heads} for keys and values of {shape.head_dim}, tied embeddings, {
 | held-out bits per byte | {bits:.3f}, over {corpus.held_out_bytes:,} bytes in windows of {shape.context} tokens |
 | function heads | {score.complete} of {score.total} completed, {score.ended} of these ended within \
 {options.new_tokens} tokens; see below |
-| training | {run["steps"]} steps of {options.batch} x {shape.context} tokens in {run["minutes"]:.1f} minutes on \
-{run["device"]}; {run["wall"]:.1f} minutes in all; jax {jax.__version__} |
+| training | {trained} |
 
 **Function heads.** Each of the {score.total} heads in `scripts/function_heads.py` is continued greedily, for at most
 {options.new_tokens} tokens, and the function cut out. It counts if `ast.parse` accepts it, if its body says something,
-and if it holds no run of {LOOP} or more tokens that only repeat those right before them. In training, a quarter of the
-windows said some of their tokens several times over, to show ways out of such loops. A function that has not ended
-by then is cut after its last full line.
+and if it holds no run of {LOOP} or more tokens that only repeat those right before them. A function that has not ended
+by then is cut after its last full line. A share of {options.loops} of the windows of the last training said some lines
+several times over, and what was said again was learned against, so that greedy text finds its way out of loops.
 
 Made again, by the Python named above, with:
 ```
-{command} \\
-    --out jaxengine/assets/{options.out.name}
+{command}
 ```
 """
 
@@ -316,7 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = Shape()
     options.work.mkdir(parents=True, exist_ok=True)
     vocabulary = options.work / "tokenizer.json"
-    if not options.resume:
+    if options.start:
+        shutil.copy(options.start / "tokenizer.json", vocabulary)
+    elif not options.resume:
         train_tokenizer(corpus.train, shape.vocab_size).save(str(vocabulary))
     tokenizer = Tokenizer.from_file(str(vocabulary))
     library = encode(tokenizer, corpus.train[: corpus.library])
@@ -336,16 +377,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         optax.scale_by_adam(b1=0.9, b2=0.95),
         optax.add_decayed_weights(options.weight_decay, matrices),
     )
-    trainer = Trainer(model, optimizer, options.batch)
+    trainer = Trainer(model, optimizer, options.batch, options.openings, options.loops)
     windows = jnp.asarray(held_out_windows(held_out, shape.context, min(options.batch, 32)))
 
     def bits_of(params: Params) -> float:
         return float(trainer.held_out_nats(params, windows)) / math.log(2) / corpus.held_out_bytes
 
-    best, run = train(options, model, jnp.asarray(tokens), jnp.asarray(begins), bits_of, trainer)
-    say(f"{run['steps']} steps, {run['tokens_per_second'] / 1e6:.3f} million tokens/s; parameters of the best kept")
+    data = Data(jnp.asarray(tokens), jnp.asarray(begins), jnp.asarray(line_ends(tokenizer)))
+    params, run = train(options, model, data, bits_of, trainer)
+    say(f"{run['steps']} steps, {run['tokens_per_second'] / 1e6:.3f} million tokens/s")
 
-    export(options.out, model, best, tokenizer)
+    export(options.out, model, params, tokenizer)
     params = model.load(options.out / "model.safetensors")  # what was written is what is measured
     bits = bits_of(params)
     generate = greedy(model, params, tokenizer, options.new_tokens)
