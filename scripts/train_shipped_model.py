@@ -159,22 +159,27 @@ class Trainer:
 
 
 def draw_loops(key: jax.Array, ends_line: jax.Array, share: float) -> Loops:
-    """A `share` of the windows says one to three of its lines two to four times over before it goes on.
+    """A `share` of the windows says some of its text several times over before it goes on.
 
-    Greedy text of small models repeats lines without end, and nothing that they read shows a way out. Here what is said
-    again is learned against ("unlikelihood", Welleck et al. 2019, arXiv:1908.04319), as far as it was a surprise when
-    it was said first: indentation and brackets are no loop.
+    Half of those say one to three lines two to four times, half a few tokens up to ten times. Greedy text of small
+    models repeats itself without end, and nothing that they read shows a way out. Here what is said again is learned
+    against ("unlikelihood", Welleck et al. 2019, arXiv:1908.04319), as far as it was a surprise when it was said first:
+    indentation and brackets are no loop.
     """
     batch, size = ends_line.shape
     window = jnp.arange(size)
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 7)
     order = jax.random.uniform(keys[0], ends_line.shape)
+    draw = partial(jax.random.randint, shape=(batch, 1))
     begin = jnp.argmax(jnp.where(ends_line & (window < size - 256), order, -1.0), axis=1)[:, None]
-    lines = jax.random.randint(keys[1], (batch, 1), 1, 4)
+    lines = draw(keys[1], minval=1, maxval=4)
     behind = jnp.cumsum(ends_line & (window > begin), axis=1) >= lines
     length = jnp.argmax(behind, axis=1)[:, None] - begin
-    chosen = jax.random.bernoulli(keys[2], share, (batch, 1)) & (length > 2) & (length <= 60)
-    repeats = jnp.where(chosen, jax.random.randint(keys[3], (batch, 1), 1, 4), 0)
+    short = jax.random.bernoulli(keys[4], 0.5, (batch, 1))
+    begin = jnp.where(short, draw(keys[5], minval=0, maxval=size - 256), begin)
+    length = jnp.where(short, draw(keys[6], minval=1, maxval=13), length)
+    chosen = jax.random.bernoulli(keys[2], share, (batch, 1)) & (short | ((length > 2) & (length <= 60)))
+    repeats = jnp.where(chosen, draw(keys[3], minval=1, maxval=jnp.where(short, 10, 4)), 0)
     length = jnp.maximum(length, 1)
     first, last = begin + length, begin + length * (1 + repeats)  # of what is said again
     again = (window >= first) & (window < last)
