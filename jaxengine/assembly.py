@@ -35,14 +35,16 @@ class PlatformDefaults:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    smallest_rows: int  # the smallest bucket of a decode step
     smallest_tokens: int  # the smallest bucket of a step with prompts
     block_q: int  # query tokens in a block of the extend kernel
     attention: str
 
 
 PLATFORMS = {
-    "cpu": PlatformDefaults(32, 512, 16, 32, "xla"),
-    "gpu": PlatformDefaults(256, 4096, 64, 64, "triton"),
+    "cpu": PlatformDefaults(32, 512, 1, 16, 32, "xla"),
+    # Two rows at least: XLA turns the products of a single row into reductions, 1.4 times slower (benchmarks/README.md).
+    "gpu": PlatformDefaults(256, 4096, 2, 64, 64, "triton"),
 }
 
 
@@ -81,7 +83,7 @@ def assemble(
     temporary = temporary_bytes(checkpoint.config, sizes, config.max_logprobs, config.dtype, config.attention)
     num_pages = plan_pages(config, checkpoint.config, groups, sizes, config.kv_cache_dtype, temporary, device)
     buckets = Buckets(
-        rows=powers_of_two(1, sizes.max_num_seqs),
+        rows=powers_of_two(min(defaults.smallest_rows, sizes.max_num_seqs), sizes.max_num_seqs),
         tokens=powers_of_two(min(defaults.smallest_tokens, sizes.max_num_batched_tokens), sizes.max_num_batched_tokens),
         block_q=defaults.block_q,
         page_size=sizes.page_size,

@@ -165,6 +165,7 @@ def test_ctrl_c_ends_the_requests_and_leaves_the_engine_usable(want, streamed):
     llm = shared_llm()
     aborted = llm.get_metrics()["request_success"].get("abort", 0)
     slow_down(llm)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
     timer.start()
     try:
