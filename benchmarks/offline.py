@@ -23,12 +23,16 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--steps-in-flight", type=int, default=1)
     args = parser.parse_args()
 
     import jax
 
     workloads, shape = args.workloads.split(","), SHAPES[args.model]
-    options = {name: getattr(args, name) for name in ("dtype", "attention", "page_size", "max_num_seqs")}
+    options = {
+        name: getattr(args, name) for name in ("dtype", "attention", "page_size", "max_num_seqs", "steps_in_flight")
+    }
+    options["enable_prefix_caching"] = False  # as in the figures that ours stand beside
     if args.max_num_batched_tokens is not None:
         options["max_num_batched_tokens"] = args.max_num_batched_tokens
     device = jax.devices()[0]

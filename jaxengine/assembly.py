@@ -43,7 +43,7 @@ class PlatformDefaults:
 
 PLATFORMS = {
     "cpu": PlatformDefaults(32, 512, 1, 16, 32, "xla"),
-    # Two rows at least: XLA turns the products of a single row into reductions, 1.4 times slower (benchmarks/README.md).
+    # Two rows at least: XLA turns the products of a single row into reductions, which take 1.4 times as long.
     "gpu": PlatformDefaults(256, 4096, 2, 64, 64, "triton"),
 }
 
