@@ -287,13 +287,8 @@ class LLM:
     def start(self, request: Any, tell: Callable[[RequestOutput], None], every_step: bool) -> None:
         """Hands a request to the engine; `tell` gets its outputs, in the engine's thread. For front ends of ours."""
         reporter = self.frontend.reporter(request)
-        every_step = every_step and request.params.output_kind != "final_only"
-
-        def listen(request: Any) -> None:
-            if request.finished or every_step:
-                tell(reporter.output())
-
-        self._loop.add(request, listen)
+        request.watched = every_step and request.params.output_kind != "final_only"
+        self._loop.add(request, lambda _: tell(reporter.output()))
 
     def _collect(
         self, requests: Iterator[Any], total: int | None, use_tqdm: bool | Callable[..., Any]

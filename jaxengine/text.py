@@ -7,6 +7,7 @@ those (decoding all of it at once would replace them too).
 """
 
 from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from tokenizers.decoders import DecodeStream
@@ -32,6 +33,11 @@ class TextUpdate(NamedTuple):
     text_delta: str
     stop: str | None
     keep: int
+
+
+@cache
+def _no_text(keep: int) -> TextUpdate:
+    return TextUpdate("", None, keep)
 
 
 class Detokenizer:
@@ -177,7 +183,7 @@ class TextSink:
         updates = []
         for key, ids in items:
             output = self._outputs[key]
-            updates.append(output.append(ids) if output else TextUpdate("", None, len(ids)))
+            updates.append(output.append(ids) if output else _no_text(len(ids)))
         return updates
 
     def close(self, key: Hashable) -> str:

@@ -152,7 +152,7 @@ class Engine:
         now = time.time()
         for row in step.rows:
             sequence = row.sequence
-            if not sequence.finished:
+            if sequence.finish_reason is None:
                 if outputs.prompt is not None:
                     _keep_prompt_logprobs(row, start, outputs.prompt, whole.get(start))
                 if row.samples:
@@ -165,9 +165,9 @@ class Engine:
         self.generation_tokens += sum(len(ids) for _, ids in drawn)
         self._apply_stops(drawn)
         for sequence, _ in drawn:
-            if sequence.finished:
+            if sequence.finish_reason is not None:
                 self._report(sequence.request)
-            else:
+            elif sequence.request.watched:
                 self._news[sequence.request] = None
         self._torn, self._committing = False, []
 
@@ -198,7 +198,8 @@ class Engine:
             self.scheduler.finish(sequence, reason, stop)
 
     def _report(self, request: Request) -> None:
-        self._news[request] = None
+        if request.finished or request.watched:
+            self._news[request] = None
         if request.finished and self._requests.get(request.request_id) is request:
             del self._requests[request.request_id]
             self.ended[str(request.sequences[0].finish_reason)] += 1

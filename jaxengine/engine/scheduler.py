@@ -129,13 +129,14 @@ class Scheduler:
                 if not self._reserve(sequence, count):
                     return rows  # the lower ranks land first, then they can be preempted
                 rows.append(self._advance(sequence, count))
-        rows.extend(self._advance(sequence, count) for sequence, count in self._admissions(budget))
+        rows.extend(self._advance(*admitted) for admitted in self._admissions(budget))
         return rows
 
     def _may_step(self, sequence: Sequence) -> bool:
-        if sequence.num_output + sequence.in_flight >= sequence.request.max_tokens:
+        request = sequence.request
+        if len(sequence.tokens) + sequence.in_flight - sequence.num_prompt >= request.max_tokens:
             return False  # all its tokens are drawn
-        return not (sequence.in_flight and sequence.request.needs_last_token)
+        return not (sequence.in_flight and request.needs_last_token)
 
     def _advance(self, sequence: Sequence, count: int) -> Row:
         row = Row(sequence, sequence.num_computed, count, count == sequence.num_to_compute)
@@ -155,14 +156,13 @@ class Scheduler:
 
     def _allocate(self, sequence: Sequence, count: int, spare: int = 0) -> bool:
         columns = -(-(sequence.num_computed + count) // self.page_size)
-        missing = [columns - len(pages) for pages in sequence.pages]
-        if max(missing) <= 0:
+        missing = columns - len(sequence.pages[0])  # the same in every group: pages behind a window keep their column
+        if missing <= 0:
             return True
-        if any(m + spare > pool.num_free for m, pool in zip(missing, self.pools, strict=True) if m > 0):
+        if any(missing + spare > pool.num_free for pool in self.pools):
             return False
-        for m, pages, pool in zip(missing, sequence.pages, self.pools, strict=True):
-            if m > 0:
-                pages.extend(pool.allocate(m) or ())
+        for pages, pool in zip(sequence.pages, self.pools, strict=True):
+            pages.extend(pool.allocate(missing) or ())
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

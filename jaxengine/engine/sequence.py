@@ -105,13 +105,17 @@ class Request:
     bad_word_ids: Seq[list[int]] = ()
     needs_everything: bool = False  # the program with penalties, masks, biases and log-probabilities
     edits_logits: bool = False  # of these, all but log-probabilities: its slot holds counts, a mask, biases
+    watched: bool = True  # its owner hears of every step that gave it something, not only of its end
     needs_last_token: bool = False  # a rule on its next token depends on the last one: no step ahead
     sequences: list[Sequence] = field(default_factory=list)
     error: Exception | None = None
 
     @property
     def finished(self) -> bool:
-        return all(sequence.finished for sequence in self.sequences)
+        for sequence in self.sequences:  # a loop: half the time of all(), and asked for every row of every step
+            if sequence.finish_reason is None:
+                return False
+        return True
 
 
 def allowed_mask(allowed: Seq[int] | None, banned: Seq[int], vocab_size: int) -> np.ndarray:
