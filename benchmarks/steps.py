@@ -1,70 +1,121 @@
-"""What one decode step costs on the device, by rows and context: queued back to back, and op by op from a profile.
+"""What one step costs on the device, by what it computes: queued back to back, and op by op from a profile.
 
-    python -m benchmarks.steps --model llama1b --shapes 1x256,64x768,256x768 --profile 256x768
+    python -m benchmarks.steps --model llama1b --shapes 1x256,64x768,256x640+7x512 --profile 256x768
 
-`queued` is the device's time of a step when the host is far ahead, `call` the host's time for one, `wait` the time of a
-step when each is waited for. A profile runs without command buffers, so its sum is more than `queued`.
+`queued` is the device's time of a step when the host is far ahead, `ahead` that of a step when one more is queued
+behind it (as in the engine), `wait` when each is waited for, and `call` the host's time for submitting one. A profile
+runs without command buffers, so its sum is more than `queued`.
 """
 
 import argparse
 import re
+import statistics
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common import random_llm, rates
-from benchmarks.workloads import SHAPES
+from benchmarks.workloads import SHAPES, Shape
+from jaxengine.step import SlotWrite, StepInputs, packed_size, unpack
 
 
-def decode_inputs(runner: Any, rows: int, context: int, seed: int = 0) -> tuple[Any, Any]:
-    """A decode step of `rows` rows with `context` tokens each, pages in random order: with its slots, and without."""
-    from dataclasses import replace
+@dataclass(frozen=True)
+class Work:
+    """What a step computes: a token of each of `rows` sequences, and `prompts` whole prompts of `tokens` each."""
 
-    from jaxengine.step import SlotWrite, StepInputs, packed_size, unpack
+    rows: int
+    context: int  # tokens of each of `rows`, the new one included
+    prompts: int = 0
+    tokens: int = 0
 
-    bucket = runner.buckets.decode(rows)
-    columns = -(-context // runner.config.page_size)
-    pages = np.random.default_rng(seed).permutation(min(runner.num_pages) - 1)[: rows * columns] + 1
-    tables = np.resize(pages, (rows, columns)).tolist()
-    packed = np.zeros(packed_size("decode", bucket), np.int32)
-    fields = unpack("decode", bucket, packed)
-    fields["slots"][:] = runner.buckets.max_num_seqs
-    fields["page_updates"][:, :, 0] = runner.buckets.max_num_seqs
-    fields["tokens"][:rows], fields["slots"][:rows], fields["lengths"][:rows] = -1, np.arange(rows), context
-    writes = [
-        SlotWrite(i, (0, 0, 0, 0, 0), (0, 1, 0, 0, 0, 1), [table] * bucket.groups) for i, table in enumerate(tables)
-    ]
-    first = StepInputs("decode", bucket, packed, "greedy", slot_writes=writes)
+    @classmethod
+    def parse(cls, text: str) -> "Work":
+        """`ROWSxCONTEXT` or `ROWSxCONTEXT+PROMPTSxTOKENS`."""
+        return cls(*(int(number) for part in text.split("+") for number in part.split("x")))
+
+    def floor_ms(self, shape: Shape, bandwidth: float, flops: float) -> float:
+        """As `workloads.floor_seconds` has it: prompts at the rate of products, then weights and KV read once."""
+        prompts = self.prompts * self.tokens * 2 * shape.parameters_read / flops
+        read = 2 * shape.parameters_read + self.rows * self.context * shape.kv_bytes() if self.rows else 0
+        return (prompts + read / bandwidth) * 1e3
+
+
+def step_inputs(runner: Any, work: Work, seed: int = 0) -> tuple[StepInputs, StepInputs]:
+    """A step with random tokens, pages in random order: with its slots, and without."""
+    rng, buckets = np.random.default_rng(seed), runner.buckets
+    counts, lengths = (
+        [1] * work.rows + [work.tokens] * work.prompts,
+        [work.context] * work.rows + [work.tokens] * work.prompts,
+    )
+    columns = [-(-length // runner.config.page_size) for length in lengths]
+    pages = np.resize(rng.permutation(min(runner.num_pages) - 1) + 1, sum(columns))
+    tables = [table.tolist() for table in np.split(pages, np.cumsum(columns)[:-1])]
+    writes = [SlotWrite(i, (0,) * 5, (0, 1, 0, 0, 0, 1), [table] * buckets.groups) for i, table in enumerate(tables)]
+    rows, tokens = len(counts), sum(counts)
+    kind: Any = "mixed" if work.prompts else "decode"
+    bucket = buckets.mixed(tokens) if work.prompts else buckets.decode(rows)
+    packed = np.zeros(packed_size(kind, bucket), np.int32)
+    fields = unpack(kind, bucket, packed)
+    fields["slots"][:] = fields["page_updates"][:, :, 0] = buckets.max_num_seqs
+    fields["slots"][:rows], fields["lengths"][:rows] = np.arange(rows), lengths
+    fields["tokens"][:tokens] = rng.integers(2, runner.vocab_size, tokens)
+    if not work.prompts:
+        first = StepInputs(kind, bucket, packed, "greedy", slot_writes=writes)
+        return first, replace(first, slot_writes=())
+    starts = np.cumsum([0, *counts])
+    blocks = [(i, at) for i in range(work.rows, rows) for at in range(starts[i], starts[i + 1], buckets.block_q)]
+    fields["token_row"][:] = fields["block_row"][:] = -1
+    fields["positions"][:tokens] = np.concatenate([np.arange(n - c, n) for n, c in zip(lengths, counts)])
+    fields["token_row"][:tokens] = np.repeat(np.arange(rows), counts)
+    fields["q_start"][:rows], fields["q_len"][:rows] = starts[:-1], counts
+    fields["block_row"][: len(blocks)], fields["block_start"][: len(blocks)] = np.transpose(blocks)
+    fields["logit_index"][:rows] = starts[1:] - 1
+    head = buckets.head(rows)
+    head_packed = np.zeros(packed_size("head", head), np.int32)
+    head_fields = unpack("head", head, head_packed)
+    head_fields["slots"][:] = buckets.max_num_seqs
+    head_fields["slots"][:rows], head_fields["positions"][:rows] = np.arange(rows), lengths
+    first = StepInputs(kind, bucket, packed, "greedy", head, head_packed, slot_writes=writes)
     return first, replace(first, slot_writes=())
 
 
-def time_steps(runner: Any, rows: int, context: int, steps: int = 100) -> dict[str, float]:
+def time_steps(runner: Any, work: Work, steps: int = 100) -> dict[str, float]:
     """Milliseconds a step."""
-    first, inputs = decode_inputs(runner, rows, context)
+    first, inputs = step_inputs(runner, work)
     runner.submit(first).result()
     for _ in range(3):
         runner.submit(inputs).result()
     begin = time.perf_counter()
-    flights = [runner.submit(inputs) for _ in range(steps)]
-    called = time.perf_counter() - begin
-    flights[-1].result()
-    queued = time.perf_counter() - begin
+    [runner.submit(inputs) for _ in range(steps)][-1].result()
+    queued = (time.perf_counter() - begin) / steps
+    calls, flight = [], runner.submit(inputs)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        called = time.perf_counter()
+        ahead = runner.submit(inputs)
+        calls.append(time.perf_counter() - called)
+        flight.result()
+        flight = ahead
+    one_ahead = (time.perf_counter() - begin) / steps
+    flight.result()
     begin = time.perf_counter()
     for _ in range(20):
         runner.submit(inputs).result()
     waited = (time.perf_counter() - begin) / 20
-    return {"queued": queued / steps * 1e3, "call": called / steps * 1e3, "wait": waited * 1e3}
+    seconds = {"queued": queued, "ahead": one_ahead, "wait": waited, "call": statistics.median(calls)}
+    return {name: value * 1e3 for name, value in seconds.items()}
 
 
-def profile_step(runner: Any, rows: int, context: int, steps: int = 10) -> list[tuple[str, float, float]]:
+def profile_step(runner: Any, work: Work, steps: int = 10) -> list[tuple[str, float, float]]:
     """(kernel, calls a step, microseconds a step) of the device's kernels, the most costly first."""
     import jax
 
-    first, inputs = decode_inputs(runner, rows, context)
+    first, inputs = step_inputs(runner, work)
     runner.submit(first).result()
     runner.submit(inputs).result()
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +141,9 @@ def profile_step(runner: Any, rows: int, context: int, steps: int = 10) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama8b", choices=SHAPES)
-    parser.add_argument("--shapes", default="1x256,64x768,256x768", help="ROWSxCONTEXT, several with commas")
+    parser.add_argument(
+        "--shapes", default="1x256,64x768,256x768", help="ROWSxCONTEXT[+PROMPTSxTOKENS], several with commas"
+    )
     parser.add_argument("--profile", default="", help="shapes of which each kernel is listed")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--max-model-len", type=int, default=2048)
@@ -103,19 +156,16 @@ def main() -> None:
     options = {"attention": args.attention, "max_model_len": args.max_model_len, "max_num_seqs": args.max_num_seqs}
     with random_llm(args.model, **options) as llm:
         runner = llm._runner
-        print(f"{args.model}\n{'rows':>5}{'context':>9}{'floor':>9}{'queued':>9}{'share':>7}{'call':>8}{'wait':>9} ms")
+        print(f"{args.model}\n{'step':>18}{'floor':>9}{'queued':>9}{'share':>7}{'ahead':>9}{'wait':>9}{'call':>8} ms")
         for name in args.shapes.split(","):
-            rows, context = map(int, name.split("x"))
-            floor = (2 * shape.parameters_read + rows * context * shape.kv_bytes()) / bandwidth * 1e3
-            ms = time_steps(runner, rows, context)
-            print(f"{rows:5}{context:9}{floor:9.3f}{ms['queued']:9.3f}{floor / ms['queued']:7.2f}"
-                  f"{ms['call']:8.3f}{ms['wait']:9.3f}", flush=True)  # fmt: skip
+            floor = (work := Work.parse(name)).floor_ms(shape, bandwidth, flops)
+            ms = time_steps(runner, work)
+            print(f"{name:>18}{floor:9.3f}{ms['queued']:9.3f}{floor / ms['queued']:7.2f}"
+                  f"{ms['ahead']:9.3f}{ms['wait']:9.3f}{ms['call']:8.3f}", flush=True)  # fmt: skip
         for name in filter(None, args.profile.split(",")):
-            rows, context = map(int, name.split("x"))
-            kernels = profile_step(runner, rows, context)
-            print(
-                f"{name}: {sum(count for _, count, _ in kernels):.0f} kernels, {sum(us for *_, us in kernels):.0f} us"
-            )
+            kernels = profile_step(runner, Work.parse(name))
+            total = sum(us for *_, us in kernels)
+            print(f"{name}: {sum(count for _, count, _ in kernels):.0f} kernels, {total:.0f} us")
             for kernel, count, us in kernels[:40]:
                 print(f"{us:9.1f} us {count:6.1f} x {us / count:8.2f}  {kernel[:110]}")
 
