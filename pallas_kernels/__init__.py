@@ -1,18 +1,25 @@
-"""Pallas kernels for a paged KV cache, usable without the engine. One op per file, each with its `*_reference` twin.
+"""Pallas kernels of a decoder with a paged KV cache, usable without the engine. One op per file, each with its twin
+`*_reference`.
 
 Pools are `[pages, kv_heads, page_size, head_dim]`, one for K and one for V; page 0 is the null page, for padding.
 The kernels compile for NVIDIA GPUs of compute capability 8.0 and above, or run anywhere with `interpret=True`.
 """
 
+from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from pallas_kernels.kv_write import kv_write, kv_write_reference
 from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
 from pallas_kernels.paged_extend import paged_extend, paged_extend_reference
+from pallas_kernels.rope_write import rope_write, rope_write_reference
 
 __all__ = [
+    "add_rms_norm",
+    "add_rms_norm_reference",
     "kv_write",
     "kv_write_reference",
     "paged_decode",
     "paged_decode_reference",
     "paged_extend",
     "paged_extend_reference",
+    "rope_write",
+    "rope_write_reference",
 ]

@@ -56,6 +56,7 @@ def paged_extend(
     q_start: jax.Array,
     q_len: jax.Array,
     lengths: jax.Array,
+    out: jax.Array | None = None,
     *,
     block_q: int,
     scale: float,
@@ -70,14 +71,17 @@ def paged_extend(
     Block b holds tokens block_start[b] to block_start[b] + block_q of q, as far as they are row block_row[b]'s;
     block_row -1 is an empty block. Pools [pages, KH, page_size, D], H a multiple of KH; page_table [R, W]; all index
     arrays int32. A query sees the last `window` keys, its own included. Entries of the table outside a row's window and
-    length are not used. Returns [T, H, D] in q's dtype, zeros for tokens in no block. ValueError for shapes that do not
-    fit.
+    length are not used. Returns [T, H, D] in q's dtype; tokens in no block have what `out` [T, H, D] holds, or zeros.
+    ValueError for shapes that do not fit.
     """
     tile.check(q, k_pages, v_pages, window, softcap)
     rows, blocks = page_table.shape[0], block_row.shape[0]
     if not (q_start.shape == q_len.shape == lengths.shape == (rows,)) or block_start.shape != (blocks,):
         raise ValueError(f"{rows=} of page_table, but {q_start.shape=} {q_len.shape=} {lengths.shape=}; "
                          f"{blocks=}, but {block_start.shape=}")  # fmt: skip
+    out = jnp.zeros_like(q) if out is None else out
+    if out.shape != q.shape or out.dtype != q.dtype:
+        raise ValueError(f"{out.shape=} {out.dtype=} must be as {q.shape=} {q.dtype=}")
     if block_q < 1:
         raise ValueError(f"{block_q=} must be at least 1")
     tuning = tuning or TuningConfig.from_shapes(q, k_pages, block_q)
@@ -92,11 +96,11 @@ def paged_extend(
         grid=(blocks, kv_heads, tiles),
         in_specs=[whole] * 10,
         out_specs=whole,
-        input_output_aliases={9: 0},  # zeros, which stay where no block writes
+        input_output_aliases={9: 0},  # what is there stays where no block writes
         compiler_params=plt.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages),
         interpret=interpret,
         name="paged_extend",
-    )(block_row, block_start, q_start, q_len, lengths, page_table, q, k_pages, v_pages, jnp.zeros_like(q))
+    )(block_row, block_start, q_start, q_len, lengths, page_table, q, k_pages, v_pages, out)
 
 
 @partial(jax.jit, static_argnames=("block_q", "scale", "window", "softcap"))
@@ -110,6 +114,7 @@ def paged_extend_reference(
     q_start: jax.Array,
     q_len: jax.Array,
     lengths: jax.Array,
+    out: jax.Array | None = None,
     *,
     block_q: int,
     scale: float,
@@ -128,7 +133,8 @@ def paged_extend_reference(
         return paged_decode_reference(q[None, None], k_pages, v_pages, table[None], length[None],
                                       scale=scale, window=window, softcap=softcap)[0, 0]  # fmt: skip
 
-    return jax.lax.map(one, (q, page_table[row], length), batch_size=16)
+    result = jax.lax.map(one, (q, page_table[row], length), batch_size=16)
+    return result if out is None else jnp.where((row < 0)[:, None, None], out, result)
 
 
 def _kernel(

@@ -1,16 +1,14 @@
-"""Paged attention behind one function, whatever implementation runs it."""
+"""What a layer does with q, k and v: the write to its pages, and attention to them."""
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxengine.kv_cache import LayerCache, write_pages
-from jaxengine.layers import xla_attention
-
-Implementation = Literal["reference", "xla", "triton"]
+from jaxengine.kv_cache import LayerCache
+from jaxengine.layers.norm import RMSNorm
+from jaxengine.layers.ops import Implementation, ops
 
 
 @partial(
@@ -58,45 +56,50 @@ class LayerInputs:
     table: jax.Array  # int32 [rows, columns]
 
 
-def paged_attention(
+def write_kv(k: jax.Array, v: jax.Array, inputs: LayerInputs, cache: LayerCache) -> LayerCache:
+    """The cache with k, v [tokens, kv_heads, head_dim] in the layer's pages."""
+    return LayerCache(*ops(inputs.step.implementation).kv_write(*cache, k, v, inputs.page, inputs.step.offset))
+
+
+def rotate_and_write(
+    qkv: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    norms: tuple[RMSNorm, RMSNorm] | None,
+    inputs: LayerInputs,
+    cache: LayerCache,
+) -> tuple[jax.Array, LayerCache]:
+    """qkv [tokens, heads + 2 kv_heads, head_dim] -> rotated q [tokens, heads, head_dim], and the cache with k, v in it.
+
+    cos, sin: see `rope.rope_angles`. `norms`: of q and of k, before they are rotated.
+    """
+    scales, eps = ([norm.scale[...] for norm in norms], norms[0].eps) if norms else ([], 0.0)
+    write = ops(inputs.step.implementation).rope_write
+    q, *pools = write(*cache, qkv, cos, sin, inputs.page, inputs.step.offset, *scales, eps=eps)
+    return q, LayerCache(*pools)
+
+
+def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
     inputs: LayerInputs,
     cache: LayerCache,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-) -> tuple[jax.Array, LayerCache]:
-    """Writes k, v to the layer's pages, then attends causally to all of each row.
+) -> jax.Array:
+    """Causal attention of each token to all of its row in the pages, where its own k, v are by now.
 
-    q [tokens, heads, head_dim]; k, v [tokens, kv_heads, head_dim]. Returns [tokens, heads, head_dim] and the new cache.
+    q [tokens, heads, head_dim] -> the same shape.
     """
     step, table = inputs.step, inputs.table
     options = {"scale": scale, "window": window, "softcap": softcap}
-    write, decode, extend = _functions(step.implementation)
-    cache = LayerCache(*write(*cache, k, v, inputs.page, step.offset))
+    _, _, decode, extend, _ = ops(step.implementation)
     rows = len(step.lengths)
     if step.block_row is None:
-        return decode(q[:, None], *cache, table, step.lengths, **options)[:, 0], cache
+        return decode(q[:, None], *cache, table, step.lengths, **options)[:, 0]
     single = jnp.where(step.q_len == 1, step.lengths, 0)
-    out = extend(q, *cache, table, step.block_row, step.block_start, step.q_start, step.q_len, step.lengths,
-                 block_q=step.block_q, **options)  # fmt: skip
-    # Each token is in a single row or in a block, and zero in the other result.
-    return out.at[:rows].add(decode(q[:rows, None], *cache, table, single, **options)[:, 0]), cache
-
-
-def _functions(implementation: Implementation):
-    """(write, decode, extend) of an implementation; the kernels' imports cost time that the CPU need not pay."""
-    if implementation == "xla":
-        return _write, xla_attention.paged_decode, xla_attention.paged_extend
-    import pallas_kernels as kernels
-
-    if implementation == "reference":
-        return kernels.kv_write_reference, kernels.paged_decode_reference, kernels.paged_extend_reference
-    return kernels.kv_write, kernels.paged_decode, kernels.paged_extend
-
-
-def _write(k_pages, v_pages, k, v, page, offset):
-    return write_pages(k_pages, k, page, offset), write_pages(v_pages, v, page, offset)
+    decoded = decode(q[:rows, None], *cache, table, single, **options)[:, 0]
+    # Each token is in a single row or in a block.
+    return extend(q, *cache, table, step.block_row, step.block_start, step.q_start, step.q_len, step.lengths,
+                  jnp.pad(decoded, ((0, len(q) - rows), (0, 0), (0, 0))), block_q=step.block_q, **options)  # fmt: skip

@@ -7,16 +7,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-class RMSNorm(nnx.Module):
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Zhang & Sennrich 2019. x / rms(x) * scale over the last axis."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * scale
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with a parameter."""
 
     def __init__(self, params: Mapping[str, jax.Array], eps: float):
         self.scale, self.eps = nnx.Param(params["scale"]), eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.scale[...]
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class LayerNorm(nnx.Module):

@@ -39,14 +39,18 @@ def rope_frequencies(rope: RopeConfig, max_model_len: int, max_position_embeddin
     return inv_freq / divisors, o.get("attention_factor", default)
 
 
-def apply_rope(x: jax.Array, positions: jax.Array, inv_freq: jax.Array, factor: float = 1.0) -> jax.Array:
-    """Rotates the first 2 * len(inv_freq) dimensions of each head, dimension i together with i + len(inv_freq).
+def rope_angles(positions: jax.Array, inv_freq: jax.Array, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 [tokens, pairs], of positions int32 [tokens] times inv_freq float32 [pairs]; scaled."""
+    angle = positions.astype(jnp.float32)[:, None] * inv_freq
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
-    x [tokens, heads, dim], positions int32 [tokens], inv_freq float32 [pairs]. Computed in float32, in x's dtype again.
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the first 2 * pairs dimensions of each head, dimension i together with i + pairs.
+
+    x [tokens, heads, dim], cos and sin float32 [tokens, pairs]. Computed in float32, in x's dtype again.
     """
-    pairs = inv_freq.shape[0]
-    angle = positions.astype(jnp.float32)[:, None, None] * inv_freq
-    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
+    pairs, cos, sin = cos.shape[1], cos[:, None], sin[:, None]
     a, b, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

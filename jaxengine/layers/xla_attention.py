@@ -31,14 +31,15 @@ def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None
 
 
 def paged_extend(
-    q, k_pages, v_pages, page_table, block_row, block_start, q_start, q_len, lengths,
+    q, k_pages, v_pages, page_table, block_row, block_start, q_start, q_len, lengths, out=None,
     *, block_q, scale, window=None, softcap=None,
 ) -> jax.Array:  # fmt: skip
-    """See pallas_kernels.paged_extend: q [T, H, D] -> [T, H, D], zeros for tokens in no block."""
+    """See pallas_kernels.paged_extend: q [T, H, D] -> [T, H, D], `out` or zeros for tokens in no block."""
     tokens, heads, dim = q.shape
     kv_heads = k_pages.shape[1]
     group = heads // kv_heads
-    padded = jnp.pad(q, ((0, block_q), (0, 0), (0, 0)))
+    padding = ((0, block_q), (0, 0), (0, 0))
+    padded = jnp.pad(q, padding)
 
     def body(block, out):
         row, start = block_row[block], block_start[block]
@@ -55,7 +56,7 @@ def paged_extend(
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(inside[:, None, None], result, old), start, 0)
 
     blocks = jnp.sum(block_row >= 0)
-    return jax.lax.fori_loop(0, blocks, body, jnp.zeros_like(padded))[:tokens]
+    return jax.lax.fori_loop(0, blocks, body, jnp.zeros_like(padded) if out is None else jnp.pad(out, padding))[:tokens]
 
 
 def _attend(q, k_pages, v_pages, table, positions, first, end, scale, window, softcap):

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxengine.config import ModelConfig
 from jaxengine.kv_cache import LayerCache
 from jaxengine.layers.activation import ACTIVATIONS
-from jaxengine.layers.attention import LayerInputs, paged_attention
+from jaxengine.layers.attention import LayerInputs, attend, write_kv
 from jaxengine.layers.embedding import Embedding
 from jaxengine.layers.linear import Linear, Projections
 from jaxengine.layers.norm import LayerNorm
@@ -34,7 +34,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         q, k, v = (y.reshape(len(x), -1, self.head_dim) for y in self.qkv(x))
-        y, cache = paged_attention(q, k, v, inputs, cache, scale=self.scale, window=self.window)
+        cache = write_kv(k, v, inputs, cache)
+        y = attend(q, inputs, cache, scale=self.scale, window=self.window)
         return self.o_proj(y.reshape(len(x), -1)), cache
 
 
@@ -54,10 +55,11 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = LayerNorm(params["post_attention_layernorm"], config.norm_eps)
         self.mlp = MLP(config, params["mlp"])
 
-    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        y, cache = self.self_attn(self.input_layernorm(x), inputs, cache)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    def __call__(self, x: llama.Residual, inputs: LayerInputs, cache: LayerCache) -> tuple[llama.Residual, LayerCache]:
+        total = x.x + x.y
+        y, cache = self.self_attn(self.input_layernorm(total), inputs, cache)
+        total = total + y
+        return llama.Residual(total, self.mlp(self.post_attention_layernorm(total))), cache
 
 
 class Model(llama.Model):

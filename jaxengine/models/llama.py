@@ -5,7 +5,7 @@ Source: Touvron et al. 2023 and transformers' modeling files; options come from 
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,12 @@ from flax import nnx
 from jaxengine.config import ModelConfig
 from jaxengine.kv_cache import KVCache, LayerCache
 from jaxengine.layers.activation import ACTIVATIONS
-from jaxengine.layers.attention import AttentionInputs, LayerInputs, paged_attention
+from jaxengine.layers.attention import AttentionInputs, LayerInputs, attend, rotate_and_write
 from jaxengine.layers.embedding import Embedding
 from jaxengine.layers.linear import Linear, Projections, precision
 from jaxengine.layers.norm import RMSNorm
-from jaxengine.layers.rope import apply_rope, rope_frequencies
+from jaxengine.layers.ops import ops
+from jaxengine.layers.rope import rope_angles, rope_frequencies
 from jaxengine.sharding import ParamSpec
 
 
@@ -72,13 +73,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """x [tokens, hidden] -> the same shape, and the cache with these tokens in it."""
-        q, k, v = (y.reshape(len(x), -1, self.head_dim) for y in self.qkv(x))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        inv_freq = jnp.asarray(self.inv_freq, jnp.float32)
-        q = apply_rope(q, inputs.step.positions, inv_freq, self.rope_factor)
-        k = apply_rope(k, inputs.step.positions, inv_freq, self.rope_factor)
-        y, cache = paged_attention(q, k, v, inputs, cache, scale=self.scale, window=self.window)
+        qkv = self.qkv.joined(x).reshape(len(x), -1, self.head_dim)
+        norms = (self.q_norm, self.k_norm) if self.q_norm is not None and self.k_norm is not None else None
+        angles = rope_angles(inputs.step.positions, jnp.asarray(self.inv_freq, jnp.float32), self.rope_factor)
+        q, cache = rotate_and_write(qkv, *angles, norms, inputs, cache)
+        y = attend(q, inputs, cache, scale=self.scale, window=self.window)
         return self.o_proj(y.reshape(len(x), -1)), cache
 
 
@@ -96,6 +95,13 @@ class MLP(nnx.Module):
         return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
 
 
+class Residual(NamedTuple):
+    """x + y is the stream between two layers: the next norm adds them, in the same pass."""
+
+    x: jax.Array
+    y: jax.Array
+
+
 class Layer(nnx.Module):
     def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int, max_model_len: int):
         self.input_layernorm = RMSNorm(params["input_layernorm"], config.norm_eps)
@@ -103,16 +109,20 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(params["post_attention_layernorm"], config.norm_eps)
         self.mlp = MLP(config, params["mlp"])
 
-    def __call__(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        y, cache = self.self_attn(self.input_layernorm(x), inputs, cache)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+    def __call__(self, x: Residual, inputs: LayerInputs, cache: LayerCache) -> tuple[Residual, LayerCache]:
+        add_rms_norm = ops(inputs.step.implementation).add_rms_norm
+        norm = self.input_layernorm
+        total, y = add_rms_norm(*x, norm.scale[...], eps=norm.eps)
+        y, cache = self.self_attn(y, inputs, cache)
+        norm = self.post_attention_layernorm
+        total, y = add_rms_norm(total, y, norm.scale[...], eps=norm.eps)
+        return Residual(total, self.mlp(y)), cache
 
 
 @partial(jax.jit, static_argnums=0)
 def run_layer(
-    graph: nnx.GraphDef, state: nnx.State, x: jax.Array, inputs: LayerInputs, cache: LayerCache
-) -> tuple[jax.Array, LayerCache]:
+    graph: nnx.GraphDef, state: nnx.State, x: Residual, inputs: LayerInputs, cache: LayerCache
+) -> tuple[Residual, LayerCache]:
     """One layer. Under jit, because layers that differ only in their arrays are then traced once; XLA inlines it."""
     return nnx.merge(graph, state)(x, inputs, cache)
 
@@ -134,11 +144,11 @@ class Model(nnx.Module):
 
     def run_layers(self, x: jax.Array, inputs: AttentionInputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """x [T, hidden] -> the same shape, and the cache with these tokens in it."""
-        layers = []
+        layers, residual = [], Residual(x, jnp.zeros_like(x))
         for i, layer in enumerate(self.layers):
-            x, written = run_layer(*nnx.split(layer), x, inputs.for_layer(i), cache.layer(i))
+            residual, written = run_layer(*nnx.split(layer), residual, inputs.for_layer(i), cache.layer(i))
             layers.append(written)
-        return x, KVCache(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers))
+        return residual.x + residual.y, KVCache(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers))
 
     def head(self, x: jax.Array) -> jax.Array:
         """x [rows, hidden] -> logits float32 [rows, vocab]."""

@@ -13,7 +13,15 @@ import pytest
 
 import pallas_kernels as kernels
 from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
-from tests.pallas_kernels.cases import Case, decode_inputs, extend_inputs, pairwise, relative_error, write_inputs
+from tests.pallas_kernels.cases import (
+    Case,
+    decode_inputs,
+    extend_inputs,
+    pairwise,
+    relative_error,
+    rope_write_inputs,
+    write_inputs,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")]
 
@@ -43,8 +51,10 @@ WRITE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim")} | {
     "kv_heads": [1, 3, 8],
 }
 WRITE = [Case(**choice) for choice in pairwise(WRITE_OPTIONS)]
-CASES = [(op, case) for op, cases in (("paged_decode", DECODE), ("paged_extend", EXTEND), ("kv_write", WRITE))
-         for case in cases]  # fmt: skip
+ROPE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim", "group")} | WRITE_OPTIONS
+ROPE = [Case(**choice) for choice in pairwise(ROPE_OPTIONS)]
+OPS = {"paged_decode": DECODE, "paged_extend": EXTEND, "kv_write": WRITE, "rope_write": ROPE, "add_rms_norm": WRITE}
+CASES = [(op, case) for op, cases in OPS.items() for case in cases]
 
 
 def compare(op: str, case: Case, seed: int, **tuning) -> tuple:
@@ -52,6 +62,12 @@ def compare(op: str, case: Case, seed: int, **tuning) -> tuple:
     kernel, reference = getattr(kernels, op), getattr(kernels, f"{op}_reference")
     if op == "kv_write":
         args, options = write_inputs(case, tokens=200, seed=seed), {}
+    elif op == "rope_write":
+        pairs, normed = case.head_dim // (4 if seed % 3 == 0 else 2), seed % 2 == 0
+        args, options = rope_write_inputs(case, 200, pairs, normed, seed), {"eps": 1e-5}
+    elif op == "add_rms_norm":
+        x, y, (scale, *_) = np.random.default_rng(seed).standard_normal((3, 200, 37 * case.head_dim))
+        args, options = tuple(array.astype(jnp.dtype(case.dtype)) for array in (x, y, scale)), {"eps": 1e-5}
     elif op == "paged_decode":
         args, options = decode_inputs(case, seed), case.options
     else:
@@ -73,9 +89,10 @@ def test_kernel_equals_reference(which, comparisons):
     if op == "kv_write":
         for got, want in zip(out, expected):
             np.testing.assert_array_equal(got, want)
-    else:
-        assert out.dtype == case.dtype
-        assert relative_error(out, expected) < LIMIT[case.dtype]
+        return
+    for got, want in zip(jax.tree.leaves(out), jax.tree.leaves(expected)):
+        assert got.dtype == case.dtype
+        assert relative_error(got, want) < LIMIT[case.dtype]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxengine.config import RopeConfig
-from jaxengine.layers.rope import apply_rope, rope_frequencies
+from jaxengine.layers.rope import apply_rope, rope_angles, rope_frequencies
 
 FIXTURE = json.loads((Path(__file__).parents[1] / "references" / "rope.json").read_text())
 
@@ -39,7 +39,7 @@ def test_rotation_as_complex_numbers(dtype):
     x = jnp.asarray(rng.standard_normal((tokens, heads, dim)), dtype)
     positions = np.array([0, 1, 7, 100, 8191], np.int32)
     inv_freq, _ = rope_frequencies(RopeConfig(rotary_dim=rotary_dim), 8192, 8192)
-    out = apply_rope(x, positions, jnp.asarray(inv_freq), 1.5)
+    out = apply_rope(x, *rope_angles(positions, jnp.asarray(inv_freq), 1.5))
     assert out.dtype == dtype
     exact = np.asarray(x, np.float64)
     turned = (exact[..., :4] + 1j * exact[..., 4:8]) * 1.5

@@ -163,6 +163,37 @@ def write_inputs(case: Case, tokens: int, seed: int = 0) -> tuple:
     return k_pages, v_pages, k, v, page, offset
 
 
+def rope_write_inputs(case: Case, tokens: int, pairs: int, normed: bool, seed: int = 0) -> tuple:
+    """Arguments of rope_write: random slots, every third token dropped; scales where `normed`."""
+    k_pages, v_pages, *_, page, offset = write_inputs(case, tokens, seed)
+    rng, dtype = np.random.default_rng(seed + 1), jnp.dtype(case.dtype)
+    heads = case.kv_heads * (case.group + 2)
+    qkv = (3 * rng.standard_normal((tokens, heads, case.head_dim))).astype(dtype)
+    angles = rng.uniform(-np.pi, np.pi, (tokens, pairs))
+    cos, sin = (1.2 * function(angles).astype(np.float32) for function in (np.cos, np.sin))
+    scales = [rng.uniform(0.5, 2, case.head_dim).astype(dtype) for _ in range(2 * normed)]
+    return k_pages, v_pages, qkv, cos, sin, page, offset, *scales
+
+
+def naive_rope_write(
+    k_pages, v_pages, qkv, cos, sin, page, offset, q_scale=None, k_scale=None, *, eps
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Head by head, pair by pair, in float64; nothing is rounded before the end."""
+    kv_heads, pairs = k_pages.shape[1], cos.shape[1]
+    heads = qkv.shape[1] - 2 * kv_heads
+    turned = qkv.astype(np.float64)
+    for head in range(heads + kv_heads):
+        scale = q_scale if head < heads else k_scale
+        for x, c, s in zip(turned[:, head], cos.astype(np.float64), sin.astype(np.float64)):
+            if scale is not None:
+                x *= scale.astype(np.float64) / np.sqrt((x**2).mean() + eps)
+            for i in range(pairs):
+                x[i], x[i + pairs] = x[i] * c[i] - x[i + pairs] * s[i], x[i + pairs] * c[i] + x[i] * s[i]
+    turned = turned.astype(qkv.dtype)
+    k, v = turned[:, heads:-kv_heads], qkv[:, -kv_heads:]
+    return turned[:, :heads], *naive_write(k_pages, v_pages, k, v, page, offset)
+
+
 def relative_error(out, expected) -> float:
     """Norm of the difference over the norm of `expected`, in float64; inf where either has a NaN."""
     out, expected = np.asarray(out).astype(np.float64), np.asarray(expected).astype(np.float64)

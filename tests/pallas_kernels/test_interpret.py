@@ -6,7 +6,14 @@ import pytest
 import pallas_kernels as kernels
 from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
-from tests.pallas_kernels.cases import Case, decode_inputs, extend_inputs, relative_error, write_inputs
+from tests.pallas_kernels.cases import (
+    Case,
+    decode_inputs,
+    extend_inputs,
+    relative_error,
+    rope_write_inputs,
+    write_inputs,
+)
 
 LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 
@@ -54,7 +61,13 @@ def test_paged_extend(case):
     assert out.dtype == case.dtype
     assert relative_error(out, expected) < LIMIT[case.dtype]
     alone = [i for count, start in zip(case.new_tokens, args[6]) if count == 1 for i in [start]]
-    assert not np.asarray(out)[[*alone, -1, -2, -3]].any(), "tokens in no block"
+    out, outside = np.asarray(out), [*alone, -1, -2, -3]
+    assert not out[outside].any(), "tokens in no block"
+    mine = np.random.default_rng(0).standard_normal(out.shape).astype(out.dtype)
+    kept = np.array(kernels.paged_extend(*args, mine, block_q=case.block_q, **case.options, interpret=True))
+    np.testing.assert_array_equal(kept[outside], mine[outside])
+    kept[outside] = 0
+    np.testing.assert_array_equal(kept, out)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +77,37 @@ def test_kv_write(case):
     args = write_inputs(case, tokens=13)
     for got, expected in zip(kernels.kv_write(*args, interpret=True), kernels.kv_write_reference(*args)):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    "case, pairs, normed",
+    [
+        (Case(kv_heads=2, group=4), 32, False),
+        (Case(kv_heads=3, group=7, head_dim=80, dtype="bfloat16"), 10, True),
+        (Case(kv_heads=1, group=3, head_dim=96, page_size=32), 48, True),
+    ],
+    ids=str,
+)
+def test_rope_write(case, pairs, normed):
+    args = rope_write_inputs(case, 13, pairs, normed)
+    out = kernels.rope_write(*args, eps=1e-5, interpret=True)
+    expected = kernels.rope_write_reference(*args, eps=1e-5)
+    for got, want in zip(out, expected):
+        assert got.dtype == case.dtype
+        assert relative_error(got, want) < LIMIT[case.dtype]
+    untouched = np.ones(len(args[0]), bool)
+    untouched[args[5]] = False
+    for got, pool in zip(out[1:], args):
+        np.testing.assert_array_equal(np.asarray(got)[untouched], pool[untouched])
+
+
+@pytest.mark.parametrize("size, dtype", [(256, "float32"), (200, "bfloat16")])
+def test_add_rms_norm(size, dtype):
+    x, y, (scale, *_) = np.random.default_rng(0).standard_normal((3, 5, size)).astype(dtype)
+    out = kernels.add_rms_norm(x, y, scale, eps=1e-5, interpret=True)
+    for got, want in zip(out, kernels.add_rms_norm_reference(x, y, scale, eps=1e-5)):
+        assert got.dtype == dtype
+        assert relative_error(got, want) < LIMIT[dtype]
 
 
 def test_bad_input_is_named():
@@ -93,3 +137,18 @@ def test_bad_input_is_named():
     args = write_inputs(Case(), tokens=5)
     with pytest.raises(ValueError, match=r"offset.shape=\(4,\)"):
         kernels.kv_write(*args[:5], args[5][:4], interpret=True)
+    args = extend_inputs(Case(lengths=(40,), new_tokens=(20,)))
+    with pytest.raises(ValueError, match=r"out.shape"):
+        kernels.paged_extend(*args, args[0][1:], block_q=16, **good)
+    args = rope_write_inputs(Case(), 5, 32, True)
+    for match, wrong in (
+        (r"qkv.shape=\(5, 5, 64\)", (*args[:2], args[2][:, :5], *args[3:])),
+        (r"cos.shape=\(5, 33\)", (*args[:3], *[np.zeros((5, 33), np.float32)] * 2, *args[5:])),
+        (r"page.shape=\(4,\)", (*args[:5], args[5][:4], *args[6:])),
+        ("both or neither", args[:-1]),
+        (r"k_scale has shape \(9,\)", (*args[:-1], args[-1][:9])),
+    ):
+        with pytest.raises(ValueError, match=match):
+            kernels.rope_write(*wrong, interpret=True)
+    with pytest.raises(ValueError, match=r"y.shape=\(1, 4\)"):
+        kernels.add_rms_norm(np.zeros((2, 4)), np.zeros((1, 4)), np.zeros(4), eps=0.1, interpret=True)

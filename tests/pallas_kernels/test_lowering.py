@@ -61,3 +61,26 @@ def test_write_lowers_in_place(case):
     text = lower_for_cuda(kernels.kv_write, pool, pool, new, new, ints(7), ints(7))
     assert text.count(CUSTOM_CALL) == 1
     assert text.count("output_operand_alias<") == 2
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise({"dtype": ["bfloat16", "float32"], "kv_heads": [1, 3, 8], "group": [1, 3, 4], "dim": [64, 96],
+              "pairs": [16, 32], "normed": [False, True]}),
+    ids=name,
+)  # fmt: skip
+def test_rope_write_lowers_in_place(case):
+    struct, kv_heads, dim, dtype = jax.ShapeDtypeStruct, case["kv_heads"], case["dim"], case["dtype"]
+    pool, angle = struct((1024, kv_heads, 16, dim), dtype), struct((7, case["pairs"]), jnp.float32)
+    qkv, scales = struct((7, kv_heads * (case["group"] + 2), dim), dtype), [struct((dim,), dtype)] * 2 * case["normed"]
+    function = partial(kernels.rope_write, eps=1e-5)
+    text = lower_for_cuda(function, pool, pool, qkv, angle, angle, ints(7), ints(7), *scales)
+    assert text.count(CUSTOM_CALL) == 1
+    assert text.count("output_operand_alias<") == 2
+
+
+@pytest.mark.parametrize("case", pairwise({"dtype": ["bfloat16", "float32"], "size": [64, 576, 4096]}), ids=name)
+def test_add_rms_norm_lowers(case):
+    x = jax.ShapeDtypeStruct((7, case["size"]), case["dtype"])
+    scale = jax.ShapeDtypeStruct((case["size"],), case["dtype"])
+    assert lower_for_cuda(partial(kernels.add_rms_norm, eps=1e-5), x, x, scale).count(CUSTOM_CALL) == 1

@@ -11,8 +11,10 @@ from tests.pallas_kernels.cases import (
     extend_inputs,
     naive_decode,
     naive_extend,
+    naive_rope_write,
     naive_write,
     relative_error,
+    rope_write_inputs,
     write_inputs,
 )
 
@@ -47,3 +49,30 @@ def test_kv_write_reference_casts_and_drops_page_zero():
     for got, expected in zip(out, naive_write(k_pages, v_pages, k, v, page, offset)):
         assert got.dtype == jnp.bfloat16
         np.testing.assert_array_equal(np.asarray(got), expected)
+
+
+def test_paged_extend_reference_keeps_what_lies_in_no_block():
+    args = extend_inputs(EXTEND[0])
+    mine = np.full_like(args[0], 7)
+    out = kernels.paged_extend_reference(*args, mine, block_q=4, **EXTEND[0].options)
+    zeros = kernels.paged_extend_reference(*args, block_q=4, **EXTEND[0].options)
+    outside = ~np.asarray(zeros).any(axis=(1, 2))
+    assert outside.tolist() == [False] * 6 + [True] + [False] * 5 + [True] * 3
+    np.testing.assert_array_equal(out, np.where(outside[:, None, None], mine, zeros))
+
+
+@pytest.mark.parametrize("normed, pairs", [(False, 3), (True, 2)])
+def test_rope_write_reference(normed, pairs):
+    args = rope_write_inputs(Case(head_dim=6, group=3, page_size=4), 11, pairs, normed)
+    out = kernels.rope_write_reference(*args, eps=0.1)
+    for got, expected in zip(out, naive_rope_write(*args, eps=0.1)):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_add_rms_norm_reference():
+    x, y, (scale, *_) = np.random.default_rng(0).standard_normal((3, 5, 12)).astype(np.float32)
+    total, normed = kernels.add_rms_norm_reference(x, y, scale, eps=0.1)
+    np.testing.assert_array_equal(total, x + y)
+    exact = (x + y).astype(np.float64)
+    expected = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + 0.1) * scale
+    np.testing.assert_allclose(normed, expected, rtol=1e-5, atol=1e-6)

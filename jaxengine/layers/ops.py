@@ -1,0 +1,59 @@
+"""The operations that have several implementations behind one signature; which one runs is chosen once, at start-up.
+
+`triton` and `reference` are the kernels and their twins in `pallas_kernels`, where the signatures are documented;
+`xla` is plain XLA, the default on CPU.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxengine.kv_cache import write_pages
+from jaxengine.layers import xla_attention
+from jaxengine.layers.norm import rms_norm
+from jaxengine.layers.rope import apply_rope
+
+Implementation = Literal["reference", "xla", "triton"]
+
+
+class Ops(NamedTuple):
+    """Named as in `pallas_kernels`."""
+
+    add_rms_norm: Callable
+    kv_write: Callable
+    paged_decode: Callable
+    paged_extend: Callable
+    rope_write: Callable
+
+
+@cache
+def ops(implementation: Implementation) -> Ops:
+    """The operations of an implementation; the kernels' imports cost time that the CPU need not pay."""
+    if implementation == "xla":
+        return Ops(_add_rms_norm, _kv_write, xla_attention.paged_decode, xla_attention.paged_extend, _rope_write)
+    import pallas_kernels as kernels
+
+    suffix = "_reference" if implementation == "reference" else ""
+    return Ops(*(getattr(kernels, name + suffix) for name in Ops._fields))
+
+
+def _add_rms_norm(x, y, scale, *, eps) -> tuple[jax.Array, jax.Array]:
+    total = x + y
+    return total, rms_norm(total, scale, eps)
+
+
+def _kv_write(k_pages, v_pages, k, v, page, offset) -> tuple[jax.Array, jax.Array]:
+    return write_pages(k_pages, k, page, offset), write_pages(v_pages, v, page, offset)
+
+
+def _rope_write(
+    k_pages, v_pages, qkv, cos, sin, page, offset, q_scale=None, k_scale=None, *, eps=0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    kv_heads = k_pages.shape[1]
+    q, k, v = jnp.split(qkv, [qkv.shape[1] - 2 * kv_heads, qkv.shape[1] - kv_heads], axis=1)
+    if q_scale is not None:
+        q, k = rms_norm(q, q_scale, eps), rms_norm(k, k_scale, eps)
+    return apply_rope(q, cos, sin), *_kv_write(k_pages, v_pages, apply_rope(k, cos, sin), v, page, offset)
