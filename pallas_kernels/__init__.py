@@ -6,6 +6,7 @@ The kernels compile for NVIDIA GPUs of compute capability 8.0 and above, or run 
 """
 
 from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from pallas_kernels.gated_activation import gated_activation, gated_activation_reference
 from pallas_kernels.kv_write import kv_write, kv_write_reference
 from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
 from pallas_kernels.paged_extend import paged_extend, paged_extend_reference
@@ -14,6 +15,8 @@ from pallas_kernels.rope_write import rope_write, rope_write_reference
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_reference",
+    "gated_activation",
+    "gated_activation_reference",
     "kv_write",
     "kv_write_reference",
     "paged_decode",

@@ -41,7 +41,7 @@ class TuningConfig:
         # The largest tiles that spill no registers; float32 products run on the plain cores and need more of them.
         wide, single = pl.next_power_of_2(dim) > 128, q.dtype == jnp.float32
         tile_rows = max(tile.MIN_ROWS, min(rows, 32 if single else 64 if wide else 128))
-        block_kv = 16 if single else tile.block_kv(dim, k_pages.dtype)
+        block_kv = 16 if single else 2 * tile.block_kv(dim, k_pages.dtype)
         return cls(tile_rows, block_kv, num_warps=4 if tile_rows < (32 if single else 64 if wide else 128) else 8)
 
 
@@ -147,7 +147,7 @@ def _kernel(
     q_ref,  # [T, H, D]
     k_ref,  # [pages, KH, page_size, D]
     v_ref,
-    _zeros,  # aliased to the output
+    _out,  # aliased to the output
     out_ref,  # [T, H, D]
     *,
     block_q: int,

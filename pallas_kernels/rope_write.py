@@ -158,22 +158,22 @@ def _kernel(
             a, b, *rest = (part.astype(qkv_ref.dtype).astype(jnp.float32) for part in (a, b, *rest))
         return a * cos - b * sin, b * cos + a * sin, *rest
 
-    group = heads // kv_heads
-    member = jnp.arange(pl.next_power_of_2(group))
-    rows, inside = head * group + member, member < group
-    for values, (d, end) in zip(rotated(rows, inside, refs[0]), parts):
-        mask = inside[:, None] & (d < end)[None, :]
-        plt.store(q_ref.at[token, rows[:, None], d[None, :]], values.astype(q_ref.dtype), mask=mask)
-
+    # Everything is read before anything is written: a load waits for a microsecond, and stores would hold it back.
     page, offset = page_ref[token], offset_ref[token]
+    group, one = heads // kv_heads, jnp.arange(1)
+    member = jnp.arange(pl.next_power_of_2(group))
+    q_rows, inside = head * group + member, member < group
+    q = rotated(q_rows, inside, refs[0])
+    k = rotated(heads + head + one, one == 0, refs[1])
+    value_d = jnp.arange(pl.next_power_of_2(dim))
+    value = plt.load(qkv_ref.at[token, heads + kv_heads + head, value_d], mask=value_d < dim, other=0)
 
-    @pl.when(page != 0)
-    def _():
-        one = jnp.arange(1)
-        for values, (d, end) in zip(rotated(heads + head + one, one == 0, refs[1]), parts):
-            mask = (one == 0)[:, None] & (d < end)[None, :]
-            at = k_out_ref.at[page, head, (offset + one)[:, None], d[None, :]]
-            plt.store(at, values.astype(qkv_ref.dtype).astype(k_out_ref.dtype), mask=mask)
-        d = jnp.arange(pl.next_power_of_2(dim))
-        value = plt.load(qkv_ref.at[token, heads + kv_heads + head, d], mask=d < dim, other=0)
-        plt.store(v_out_ref.at[page, head, offset, d], value.astype(v_out_ref.dtype), mask=d < dim)
+    for values, (d, end) in zip(q, parts):
+        mask = inside[:, None] & (d < end)[None, :]
+        plt.store(q_ref.at[token, q_rows[:, None], d[None, :]], values.astype(q_ref.dtype), mask=mask)
+    written = page != 0
+    for values, (d, end) in zip(k, parts):
+        at = k_out_ref.at[page, head, (offset + one)[:, None], d[None, :]]
+        plt.store(at, values.astype(qkv_ref.dtype).astype(k_out_ref.dtype), mask=written & (d < end)[None, :])
+    at = v_out_ref.at[page, head, offset, value_d]
+    plt.store(at, value.astype(v_out_ref.dtype), mask=written & (value_d < dim))

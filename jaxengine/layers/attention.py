@@ -94,12 +94,12 @@ def attend(
     """
     step, table = inputs.step, inputs.table
     options = {"scale": scale, "window": window, "softcap": softcap}
-    _, _, decode, extend, _ = ops(step.implementation)
-    rows = len(step.lengths)
+    op, rows = ops(step.implementation), len(step.lengths)
     if step.block_row is None:
-        return decode(q[:, None], *cache, table, step.lengths, **options)[:, 0]
+        return op.paged_decode(q[:, None], *cache, table, step.lengths, **options)[:, 0]
     single = jnp.where(step.q_len == 1, step.lengths, 0)
-    decoded = decode(q[:rows, None], *cache, table, single, **options)[:, 0]
+    decoded = op.paged_decode(q[:rows, None], *cache, table, single, **options)[:, 0]
     # Each token is in a single row or in a block.
-    return extend(q, *cache, table, step.block_row, step.block_start, step.q_start, step.q_len, step.lengths,
-                  jnp.pad(decoded, ((0, len(q) - rows), (0, 0), (0, 0))), block_q=step.block_q, **options)  # fmt: skip
+    blocks = step.block_row, step.block_start, step.q_start, step.q_len, step.lengths
+    decoded = jnp.pad(decoded, ((0, len(q) - rows), (0, 0), (0, 0)))
+    return op.paged_extend(q, *cache, table, *blocks, decoded, block_q=step.block_q, **options)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxengine.kv_cache import write_pages
 from jaxengine.layers import xla_attention
+from jaxengine.layers.activation import ERF
 from jaxengine.layers.norm import rms_norm
 from jaxengine.layers.rope import apply_rope
 
@@ -23,6 +24,7 @@ class Ops(NamedTuple):
     """Named as in `pallas_kernels`."""
 
     add_rms_norm: Callable
+    gated_activation: Callable
     kv_write: Callable
     paged_decode: Callable
     paged_extend: Callable
@@ -33,16 +35,29 @@ class Ops(NamedTuple):
 def ops(implementation: Implementation) -> Ops:
     """The operations of an implementation; the kernels' imports cost time that the CPU need not pay."""
     if implementation == "xla":
-        return Ops(_add_rms_norm, _kv_write, xla_attention.paged_decode, xla_attention.paged_extend, _rope_write)
+        attention = xla_attention.paged_decode, xla_attention.paged_extend
+        return Ops(_add_rms_norm, _gated_activation, _kv_write, *attention, _rope_write)
     import pallas_kernels as kernels
 
     suffix = "_reference" if implementation == "reference" else ""
-    return Ops(*(getattr(kernels, name + suffix) for name in Ops._fields))
+    found = Ops(*(getattr(kernels, name + suffix) for name in Ops._fields))
+    if implementation == "reference":
+        return found
+
+    def gated_activation(x, activation):
+        return (_gated_activation if activation is ERF else kernels.gated_activation)(x, activation)
+
+    return found._replace(gated_activation=gated_activation)
 
 
 def _add_rms_norm(x, y, scale, *, eps) -> tuple[jax.Array, jax.Array]:
     total = x + y
     return total, rms_norm(total, scale, eps)
+
+
+def _gated_activation(x, activation) -> jax.Array:
+    gate, up = jnp.split(x, 2, axis=1)
+    return activation(gate) * up
 
 
 def _kv_write(k_pages, v_pages, k, v, page, offset) -> tuple[jax.Array, jax.Array]:

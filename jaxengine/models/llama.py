@@ -18,7 +18,7 @@ from jaxengine.layers.attention import AttentionInputs, LayerInputs, attend, rot
 from jaxengine.layers.embedding import Embedding
 from jaxengine.layers.linear import Linear, Projections, precision
 from jaxengine.layers.norm import RMSNorm
-from jaxengine.layers.ops import ops
+from jaxengine.layers.ops import Implementation, ops
 from jaxengine.layers.rope import rope_angles, rope_frequencies
 from jaxengine.sharding import ParamSpec
 
@@ -90,9 +90,9 @@ class MLP(nnx.Module):
         self.down_proj = Linear(params["down_proj"])
         self.activation = config.activation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = self.gate_up(x)
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
+    def __call__(self, x: jax.Array, implementation: Implementation) -> jax.Array:
+        gated = ops(implementation).gated_activation(self.gate_up.joined(x), ACTIVATIONS[self.activation])
+        return self.down_proj(gated)
 
 
 class Residual(NamedTuple):
@@ -110,13 +110,14 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, params["mlp"])
 
     def __call__(self, x: Residual, inputs: LayerInputs, cache: LayerCache) -> tuple[Residual, LayerCache]:
-        add_rms_norm = ops(inputs.step.implementation).add_rms_norm
+        implementation = inputs.step.implementation
+        add_rms_norm = ops(implementation).add_rms_norm
         norm = self.input_layernorm
         total, y = add_rms_norm(*x, norm.scale[...], eps=norm.eps)
         y, cache = self.self_attn(y, inputs, cache)
         norm = self.post_attention_layernorm
         total, y = add_rms_norm(total, y, norm.scale[...], eps=norm.eps)
-        return Residual(total, self.mlp(y)), cache
+        return Residual(total, self.mlp(y, implementation)), cache
 
 
 @partial(jax.jit, static_argnums=0)

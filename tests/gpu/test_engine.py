@@ -11,6 +11,7 @@ from tests import tiny_llm
 
 pytestmark = pytest.mark.gpu
 KERNELS = "triton"
+EVERYWHERE = ("add_rms_norm", "gated_activation", "rope_write")  # kernels of every step
 TIE = 1e-4  # of two logits: between them rounding may choose
 SMALL = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "max_model_len": 256, "kv_cache_memory_bytes": 2**28}
 BEGINNINGS = (
@@ -81,7 +82,7 @@ def test_the_step_calls_the_kernels(shipped_model):
     with LLM(shipped_model, attention=KERNELS, **SMALL) as llm:
         jobs = {name: (name, key, arguments) for name, key, arguments in llm._runner._all_programs()}
         texts = {name: llm._runner._lower(*jobs[name]).as_text() for name in ("decode", "mixed")}
-    for name, kernels in {"decode": ("paged_decode", "kv_write"), "mixed": ("paged_extend", "kv_write")}.items():
+    for name, kernels in {"decode": ("paged_decode", *EVERYWHERE), "mixed": ("paged_extend", *EVERYWHERE)}.items():
         for kernel in kernels:
             assert kernel in texts[name]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as kernels
+from jaxengine.layers.activation import ACTIVATIONS, ERF
 from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
 from tests.pallas_kernels.cases import (
     Case,
@@ -54,6 +55,7 @@ WRITE = [Case(**choice) for choice in pairwise(WRITE_OPTIONS)]
 ROPE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim", "group")} | WRITE_OPTIONS
 ROPE = [Case(**choice) for choice in pairwise(ROPE_OPTIONS)]
 OPS = {"paged_decode": DECODE, "paged_extend": EXTEND, "kv_write": WRITE, "rope_write": ROPE, "add_rms_norm": WRITE}
+ACTIVATED = [(name, dtype) for name in ACTIVATIONS if ACTIVATIONS[name] is not ERF for dtype in ("bfloat16", "float32")]
 CASES = [(op, case) for op, cases in OPS.items() for case in cases]
 
 
@@ -93,6 +95,16 @@ def test_kernel_equals_reference(which, comparisons):
     for got, want in zip(jax.tree.leaves(out), jax.tree.leaves(expected)):
         assert got.dtype == case.dtype
         assert relative_error(got, want) < LIMIT[case.dtype]
+
+
+@pytest.mark.parametrize("activation, dtype", ACTIVATED)
+def test_gated_activation_equals_reference(activation, dtype):
+    x = np.random.default_rng(0).standard_normal((50, 2 * 1100)).astype(jnp.dtype(dtype))
+    function = ACTIVATIONS[activation]
+    out = kernels.gated_activation(jax.device_put(x, jax.devices("gpu")[0]), function)
+    expected = kernels.gated_activation_reference(jax.device_put(x, jax.devices("cpu")[0]), function)
+    assert out.dtype == dtype
+    assert relative_error(jax.device_get(out), jax.device_get(expected)) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7])

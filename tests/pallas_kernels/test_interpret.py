@@ -1,5 +1,6 @@
 """The kernels in interpret mode against their references. Each shape compiles for a second: few and tiny."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -110,6 +111,17 @@ def test_add_rms_norm(size, dtype):
         assert relative_error(got, want) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("size, dtype", [(1100, "float32"), (64, "bfloat16")])
+def test_gated_activation(size, dtype):
+    x = np.random.default_rng(0).standard_normal((5, 2 * size)).astype(dtype)
+    out, expected = (
+        kernels.gated_activation(x, jax.nn.silu, interpret=True),
+        kernels.gated_activation_reference(x, jax.nn.silu),
+    )
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < LIMIT[dtype]
+
+
 def test_bad_input_is_named():
     q, k, v, table, lengths = decode_inputs(Case())
     good = {"scale": 1.0, "interpret": True}
@@ -152,3 +164,5 @@ def test_bad_input_is_named():
             kernels.rope_write(*wrong, interpret=True)
     with pytest.raises(ValueError, match=r"y.shape=\(1, 4\)"):
         kernels.add_rms_norm(np.zeros((2, 4)), np.zeros((1, 4)), np.zeros(4), eps=0.1, interpret=True)
+    with pytest.raises(ValueError, match=r"x.shape=\(2, 5\)"):
+        kernels.gated_activation(np.zeros((2, 5)), jax.nn.silu, interpret=True)

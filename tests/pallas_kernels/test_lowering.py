@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as kernels
+from jaxengine.layers.activation import ACTIVATIONS, ERF
+from jaxengine.layers.ops import ops
 from tests.pallas_kernels.cases import pairwise
 from tests.pallas_kernels.lowering import lower_for_cuda
 
@@ -84,3 +86,18 @@ def test_add_rms_norm_lowers(case):
     x = jax.ShapeDtypeStruct((7, case["size"]), case["dtype"])
     scale = jax.ShapeDtypeStruct((case["size"],), case["dtype"])
     assert lower_for_cuda(partial(kernels.add_rms_norm, eps=1e-5), x, x, scale).count(CUSTOM_CALL) == 1
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if ACTIVATIONS[name] is not ERF])
+@pytest.mark.parametrize("dtype, size", [("bfloat16", 3072), ("float32", 1100)])
+def test_gated_activation_lowers(activation, dtype, size):
+    x = jax.ShapeDtypeStruct((7, 2 * size), dtype)
+    function = partial(kernels.gated_activation, activation=ACTIVATIONS[activation])
+    assert lower_for_cuda(function, x).count(CUSTOM_CALL) == 1
+
+
+def test_what_triton_cannot_compute_is_left_to_xla():
+    x = jax.ShapeDtypeStruct((7, 64), jnp.float32)
+    assert CUSTOM_CALL not in lower_for_cuda(partial(ops("triton").gated_activation, activation=ERF), x)
+    with pytest.raises(NotImplementedError, match="erfc"):
+        lower_for_cuda(partial(kernels.gated_activation, activation=ERF), x)

@@ -1,5 +1,6 @@
 """The references against naive NumPy loops: key by key, in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -76,3 +77,12 @@ def test_add_rms_norm_reference():
     exact = (x + y).astype(np.float64)
     expected = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + 0.1) * scale
     np.testing.assert_allclose(normed, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gated_activation_reference_rounds_the_activation():
+    x = np.random.default_rng(0).standard_normal((5, 14)).astype(jnp.bfloat16)
+    gate, up = x[:, :7].astype(np.float64), x[:, 7:].astype(np.float32)
+    active = (gate / (1 + np.exp(-gate))).astype(jnp.bfloat16).astype(np.float32)
+    out = kernels.gated_activation_reference(x, jax.nn.silu)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(out), (active * up).astype(jnp.bfloat16))
