@@ -47,6 +47,7 @@ from jaxengine.step import (
 logger = logging.getLogger(__name__)
 PROMPT_CHUNK = 128  # prompt tokens whose logits exist at a time
 SLOT_BATCH = 8  # slots written by one call
+CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
 MODES: tuple[Mode, ...] = ("greedy", "sampled", "everything")
 
 
@@ -257,7 +258,11 @@ class Runner:
             "write_mask": (_write_mask, (0,), rest),
         }
         function, donated, out = programs[name]
-        return jax.jit(partial(function, *key), donate_argnums=donated, out_shardings=out).lower(*arguments)
+        options = None
+        if name == "decode" and key[0].rows >= CUBLAS_ROWS and self.mesh.devices.flat[0].platform == "gpu":
+            options = {"xla_gpu_enable_triton_gemm": False}
+        jitted = jax.jit(partial(function, *key), donate_argnums=donated, out_shardings=out, compiler_options=options)
+        return jitted.lower(*arguments)
 
     def _model(self, leaves: Sequence[jax.Array]) -> Any:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
