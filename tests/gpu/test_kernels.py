@@ -111,7 +111,18 @@ def test_gated_activation_equals_reference(activation, dtype):
 @pytest.mark.parametrize("block_kv", [16, 64])
 def test_decode_tuning_keeps_the_result(block_kv, parts):
     case = Case(head_dim=128, group=4, dtype="bfloat16", window=500, lengths=(0, 1, 700, 30))
-    out, expected = compare("paged_decode", case, 0, tuning=DecodeTuning(block_kv, parts, num_warps=4))
+    out, expected = compare(
+        "paged_decode", case, 0, tuning=DecodeTuning(block_kv, parts, num_warps=4, min_part=block_kv)
+    )
+    assert relative_error(out, expected) < LIMIT["bfloat16"]
+
+
+@pytest.mark.parametrize("head_dim, group, queries", [(128, 4, 1), (64, 5, 3), (256, 1, 8)])
+def test_a_long_row_among_short_ones(head_dim, group, queries):
+    case = Case(
+        head_dim=head_dim, group=group, queries=queries, dtype="bfloat16", lengths=(30, 0, *[700] * 60, 9000, 700)
+    )
+    out, expected = compare("paged_decode", case, 0)
     assert relative_error(out, expected) < LIMIT["bfloat16"]
 
 

@@ -48,8 +48,8 @@ def test_parts_and_tiles_change_only_rounding():
     case = Case(group=2, window=60, lengths=(0, 1, 150, 90))
     args = decode_inputs(case)
     outs = [
-        kernels.paged_decode(*args, **case.options, tuning=DecodeTuning(block_kv, parts, 4), interpret=True)
-        for block_kv, parts in ((64, 1), (16, 3))
+        kernels.paged_decode(*args, **case.options, tuning=DecodeTuning(*tuning), interpret=True)
+        for tuning in ((64, 1, 4), (16, 7, 4, 3, 16))
     ]
     assert 0 < relative_error(*outs) < 1e-5
 
