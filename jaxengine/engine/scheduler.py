@@ -2,27 +2,19 @@
 
 import heapq
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from operator import attrgetter
+
+import numpy as np
 
 from jaxengine.engine.page_pool import PagePool, page_hash
 from jaxengine.engine.sequence import Request, Sequence
+from jaxengine.engine.slots import Rows, SlotTable, spread
 from jaxengine.errors import ConfigError
 from jaxengine.kv_cache import CacheGroup
 
 MAX_DEFERRED = 64  # waiting sequences that one step finds to share a prefix that is being computed: each is hashed
-
-
-@dataclass(eq=False, slots=True)
-class Row:
-    """`count` tokens of a sequence from `start` on; `samples` when they reach its end, so that a new token is drawn."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool
 
 
 class Scheduler:
@@ -41,6 +33,7 @@ class Scheduler:
         page_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_model_len: int,
         enable_prefix_caching: bool = True,
         priority_aging_steps: int = 256,
     ):
@@ -51,24 +44,27 @@ class Scheduler:
         self.groups, self.num_pages, self.max_num_seqs = groups, num_pages, max_num_seqs
         self._windowed = [(g, group) for g, group in enumerate(groups) if group.window is not None]
         self.page_size, self.max_num_batched_tokens = page_size, max_num_batched_tokens
+        self.max_model_len = max_model_len
         self.enable_prefix_caching, self.priority_aging_steps = enable_prefix_caching, priority_aging_steps
         self.weight_version = 0  # who changes it calls `reset_prefix_cache` next
         self._steps = self._arrivals = 0
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0
         self.restart(())
 
-    def restart(self, sequences: Iterable[Sequence]) -> None:
+    def restart(self, sequences: Seq[Sequence]) -> None:
         """Forgets pages, slots and flights, whatever state they are in: these sequences wait, and nothing runs."""
+        for sequence in sequences:
+            sequence.leave()
         self.pools = [PagePool(count) for count in self.num_pages]
+        self.slots = SlotTable(self.max_num_seqs, len(self.groups), self.max_model_len, self.page_size)
         self.running: list[Sequence] = []  # by rank
-        self.draining: list[Sequence] = []  # finished, but named by a flight
+        self.draining: set[int] = set()  # slots whose sequence is finished, but which a flight names
+        self._ranked: np.ndarray | None = None  # the slots of `running`; None: they have changed
         self.num_waiting = 0
         self._waiting: list[tuple[tuple, Sequence]] = []  # heap by rank; finished ones are passed over
-        self._slots = list(range(self.max_num_seqs - 1, -1, -1))
         self._computing: dict[bytes, Sequence] = {}  # prompt pages that a running sequence is computing just now
         self._deferred: dict[bytes, list[Sequence]] = {}  # waiting, by the page they wait for, one of these
         for sequence in sequences:
-            sequence.clear()
             self._wait(sequence)
 
     # -- arrivals and departures
@@ -92,10 +88,11 @@ class Scheduler:
         if sequence.slot is None:
             self.num_waiting -= 1
             return
-        self._stop_computing(sequence)
-        self.running.remove(sequence)
-        self.draining.append(sequence)
-        self._free_if_landed(sequence)
+        slot = self._leave(sequence)
+        if self.slots.flights[slot]:
+            self.draining.add(slot)
+        else:
+            self._free(slot)
 
     @property
     def has_work(self) -> bool:
@@ -113,84 +110,100 @@ class Scheduler:
 
     # -- one step
 
-    def schedule(self) -> list[Row]:
+    def schedule(self) -> Rows:
         """The rows of the next step; empty when nothing can run before a flight lands."""
         self._steps += 1
-        rows: list[Row] = []
-        budget = self.max_num_batched_tokens - sum(s.num_to_compute == 1 for s in self.running)
-        for sequence in list(self.running):
-            if sequence.slot is None or not self._may_step(sequence):
-                continue
-            count = sequence.num_to_compute
-            if count > 1:
-                count = min(count, budget)
-                budget -= count
-            if count:
-                if not self._reserve(sequence, count):
-                    return rows  # the lower ranks land first, then they can be preempted
-                rows.append(self._advance(sequence, count))
-        rows.extend(self._advance(*admitted) for admitted in self._admissions(budget))
-        return rows
+        table, slots = self.slots, self._slots_by_rank()
+        drawn = table.num_tokens[slots] + table.in_flight[slots]
+        missing = drawn - table.num_computed[slots]  # tokens to compute, one at least
+        chunks = np.where(missing > 1, missing, 0)
+        budget = self.max_num_batched_tokens - np.count_nonzero(chunks == 0)
+        left = budget - np.cumsum(chunks)  # for the rows behind each
+        count = np.where(chunks, np.clip(left + chunks, 0, missing), 1)
+        count[(drawn >= table.end[slots]) | (table.needs_last_token[slots] & (table.in_flight[slots] > 0))] = 0
+        columns = -(-(table.num_computed[slots] + count) // self.page_size)
+        number = self._reserve(slots, columns - table.columns[slots])
+        admitted: list[tuple[int, int]] = []
+        if number == len(self.running):  # else the lower ranks land first, then they can be preempted
+            admitted = list(self._admissions(int(left[number - 1]) if number else budget))
+        runs = np.flatnonzero(count[:number])
+        new_slots, new_count = np.array(admitted, int).reshape(-1, 2).T
+        return self._advance(np.append(slots[runs], new_slots), np.append(count[runs], new_count))
 
-    def _may_step(self, sequence: Sequence) -> bool:
-        request = sequence.request
-        if len(sequence.tokens) + sequence.in_flight - sequence.num_prompt >= request.max_tokens:
-            return False  # all its tokens are drawn
-        return not (sequence.in_flight and request.needs_last_token)
+    def _slots_by_rank(self) -> np.ndarray:
+        if self._ranked is None:
+            self._ranked = np.array([sequence.slot for sequence in self.running], int)
+        return self._ranked
 
-    def _advance(self, sequence: Sequence, count: int) -> Row:
-        row = Row(sequence, sequence.num_computed, count, count == sequence.num_to_compute)
-        sequence.num_computed += count
-        sequence.in_flight += row.samples
-        sequence.flights += 1
-        return row
+    def _advance(self, slots: np.ndarray, count: np.ndarray) -> Rows:
+        table = self.slots
+        start = table.num_computed[slots]
+        samples = start + count == table.num_tokens[slots] + table.in_flight[slots]
+        table.num_computed[slots] += count
+        table.in_flight[slots] += samples
+        table.flights[slots] += 1
+        return Rows(slots, start, count, samples)
 
-    def _reserve(self, sequence: Sequence, count: int) -> bool:
-        """Pages for `count` more tokens, taken from the lowest ranks if need be; False: not before a flight lands."""
-        while not self._allocate(sequence, count):
-            victim = self.running[-1]
-            if victim is sequence or victim.flights:
-                return False
-            self._preempt(victim)
-        return True
+    def _reserve(self, slots: np.ndarray, columns: np.ndarray) -> int:
+        """So many more columns of pages for the slots by rank, taken from the lowest ranks if need be.
 
-    def _allocate(self, sequence: Sequence, count: int, spare: int = 0) -> bool:
-        columns = -(-(sequence.num_computed + count) // self.page_size)
-        missing = columns - len(sequence.pages[0])  # the same in every group: pages behind a window keep their column
-        if missing <= 0:
-            return True
-        if any(missing + spare > pool.num_free for pool in self.pools):
-            return False
-        for pages, pool in zip(sequence.pages, self.pools, strict=True):
-            pages.extend(pool.allocate(missing) or ())
-        return True
+        Returns how many of the slots may run: the others are preempted, or wait until a flight lands.
+        """
+        wanting = np.flatnonzero(columns > 0)
+        while len(wanting := wanting[wanting < len(self.running)]):
+            fitting = np.searchsorted(np.cumsum(columns[wanting]), self._num_free, side="right")
+            self._allocate(slots[wanting[:fitting]], columns[wanting[:fitting]])
+            wanting = wanting[fitting:]
+            if len(wanting):
+                victim = self.running[-1]
+                if wanting[0] == len(self.running) - 1 or self.slots.flights[victim.slot]:
+                    return int(wanting[0])
+                self._preempt(victim)
+        return len(self.running)
+
+    @property
+    def _num_free(self) -> int:
+        return min(pool.num_free for pool in self.pools)
+
+    def _allocate(self, slots: np.ndarray, columns: np.ndarray) -> None:
+        column, owner = spread(self.slots.columns[slots], columns)
+        for table, pool in zip(self.slots.pages, self.pools, strict=True):
+            table[slots[owner], column] = pool.allocate(len(owner))
+        self.slots.columns[slots] += columns
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with nothing; its tokens are kept and computed again."""
-        self._stop_computing(sequence)
-        self.running.remove(sequence)
-        self._give_back(sequence)
+        self._free(self._leave(sequence))
         sequence.preemptions += 1
         self.num_preemptions += 1
         self._wait(sequence)
 
-    def _give_back(self, sequence: Sequence) -> None:
-        for pool, pages in zip(self.pools, sequence.pages, strict=True):
-            pool.release(pages)
-        assert sequence.slot is not None
-        self._slots.append(sequence.slot)
-        sequence.clear()
+    def _leave(self, sequence: Sequence) -> int:
+        slot = sequence.slot
+        assert slot is not None
+        self._stop_computing(sequence)
+        self.running.remove(sequence)
+        self._ranked = None
+        sequence.leave()
+        return slot
+
+    def _free(self, slot: int) -> None:
+        for pool, table in zip(self.pools, self.slots.pages, strict=True):
+            pool.release(table[slot, : self.slots.columns[slot]].tolist())
+        self.slots.columns[slot], self.slots.sequence[slot] = 0, None
+        self.slots.free.append(slot)
 
     # -- admission
 
-    def _admissions(self, budget: int) -> Iterator[tuple[Sequence, int]]:
+    def _admissions(self, budget: int) -> Iterator[tuple[int, int]]:
+        """(slot, tokens to compute) of each."""
         deferred = 0
-        while self._waiting and self._slots and budget > 0 and deferred < MAX_DEFERRED:
+        while self._waiting and self.slots.free and budget > 0 and deferred < MAX_DEFERRED:
             _, sequence = self._waiting[0]
             if sequence.finished:
                 heapq.heappop(self._waiting)
                 continue
-            if any(pool.num_free <= len(self.running) for pool in self.pools):
+            if self._num_free <= len(self.running):
                 break  # as `_take` would find, but before any page is looked up
             hit, limit = self._cached_pages(sequence)
             if awaited := self._computed_elsewhere(sequence, hit, limit):
@@ -204,31 +217,36 @@ class Scheduler:
             heapq.heappop(self._waiting)
             self.num_waiting -= 1
             budget -= count
-            yield sequence, count
+            assert sequence.slot is not None
+            yield sequence.slot, count
 
     def _take(self, sequence: Sequence, hit: int, budget: int) -> int:
         """Shares the first `hit` pages and allocates the rest of the first chunk; 0 when there is no room."""
         shared = [self._hit_pages(group, g, sequence, hit) for g, group in enumerate(self.groups)]
         for pool, pages in zip(self.pools, shared, strict=True):
             pool.share(pages)
-        sequence.pages, sequence.num_computed = shared, hit * self.page_size
-        count = min(sequence.num_to_compute, budget)
-        if not self._allocate(sequence, count, spare=len(self.running)):  # room for a page each: less preemption
+        num_cached = hit * self.page_size
+        count = min(sequence.num_tokens - num_cached, budget)
+        columns = -(-(num_cached + count) // self.page_size)
+        if columns - hit + len(self.running) > self._num_free:  # room for a page each: less preemption
             for pool, pages in zip(self.pools, shared, strict=True):
                 pool.release(pages)
-            sequence.pages, sequence.num_computed = [], 0
             return 0
-        sequence.slot, sequence.fresh_slot = self._slots.pop(), True
-        sequence.uploaded = [0] * len(self.groups)
-        sequence.num_committed, sequence.num_published = sequence.num_computed, hit
+        table, slot = self.slots, self.slots.free.pop()
+        for own, pages in zip(table.pages, shared, strict=True):
+            own[slot, :hit] = pages
+        table.columns[slot] = table.num_published[slot] = hit
+        self._allocate(np.array([slot]), np.array([columns - hit]))
+        sequence.enter(table, slot, num_cached)
         if sequence.preemptions == 0:
-            sequence.num_cached = sequence.num_computed
+            sequence.num_cached = num_cached
         if self.enable_prefix_caching:
-            self.prefix_queries += len(sequence.tokens)
-            self.prefix_hits += sequence.num_computed
+            self.prefix_queries += sequence.num_tokens
+            self.prefix_hits += num_cached
         for content in sequence.hashes[hit : sequence.num_prompt // self.page_size]:
             self._computing.setdefault(content, sequence)
         insort(self.running, sequence, key=attrgetter("rank"))
+        self._ranked = None
         return count
 
     # -- the prefix cache
@@ -237,7 +255,7 @@ class Scheduler:
         """How many leading pages lie in the cache, in every group that a next token would look at; how many may."""
         if not self._shares_pages(sequence):
             return 0, 0
-        limit = (len(sequence.tokens) - 1) // self.page_size  # the last token must be computed: it has the logits
+        limit = (sequence.num_tokens - 1) // self.page_size  # the last token must be computed: it has the logits
         self._hash(sequence, limit)
         if (position := sequence.next_prompt_logprob) is not None:
             limit = min(limit, (position - 1) // self.page_size)
@@ -290,7 +308,7 @@ class Scheduler:
             sequence.hashes.append(page_hash(parent, tokens, extra))
 
     def _stop_computing(self, sequence: Sequence) -> None:
-        for content in sequence.hashes[sequence.num_published : sequence.num_prompt // self.page_size]:
+        for content in sequence.hashes[self.slots.num_published[sequence.slot] : sequence.num_prompt // self.page_size]:
             self._computed(sequence, content)
 
     def _computed(self, sequence: Sequence, content: bytes) -> None:
@@ -311,48 +329,56 @@ class Scheduler:
 
     # -- landing
 
-    def land(self, row: Row) -> None:
-        """A step with this row has landed: publishes its full pages, gives back those behind the window."""
-        sequence = row.sequence
-        sequence.flights -= 1
-        if sequence.finished:
-            self._free_if_landed(sequence)
-            return
-        sequence.num_committed = row.start + row.count
-        full = sequence.num_committed // self.page_size
-        if full > sequence.num_published and self._shares_pages(sequence):
-            self._hash(sequence, full)
-            for i in range(sequence.num_published, full):
-                for pool, pages in zip(self.pools, sequence.pages, strict=True):
-                    if pages[i]:
-                        pool.publish(pages[i], sequence.hashes[i])
-                self._computed(sequence, sequence.hashes[i])
-            sequence.num_published = full
+    def land(self, rows: Rows) -> None:
+        """A step has landed: publishes its rows' full pages, gives back those behind a window."""
+        table = self.slots
+        table.flights[rows.slots] -= 1
+        live = table.live[rows.slots]
+        for slot in rows.slots[~live & (table.flights[rows.slots] == 0)].tolist():
+            self.draining.remove(slot)
+            self._free(slot)
+        slots, committed = rows.slots[live], (rows.start + rows.count)[live]
+        table.num_committed[slots] = committed
+        full = committed // self.page_size
+        filled = np.flatnonzero(full > table.num_published[slots])
+        for slot, until in zip(slots[filled].tolist(), full[filled].tolist(), strict=True):
+            self._publish(table.sequence[slot], until)
         for g, group in self._windowed:
-            pages = sequence.pages[g]
-            for i in reversed(range(self._first_visible_page(group, sequence.num_committed))):
-                if pages[i] == 0:
-                    break
-                self.pools[g].release([pages[i]])
-                pages[i] = 0
+            first, pages = np.maximum(committed - group.window + 1, 0) // self.page_size, table.pages[g]
+            behind = np.flatnonzero((first > 0) & (pages[slots, first - 1] > 0))
+            for slot, end in zip(slots[behind].tolist(), first[behind].tolist(), strict=True):
+                given_back = np.flatnonzero(pages[slot, :end])
+                self.pools[g].release(pages[slot, given_back].tolist())
+                pages[slot, given_back] = 0
 
-    def _free_if_landed(self, sequence: Sequence) -> None:
-        if sequence.flights == 0:
-            self.draining.remove(sequence)
-            self._give_back(sequence)
+    def _publish(self, sequence: Sequence, until: int) -> None:
+        """Offers the sequence's pages before this one to the prefix cache."""
+        table, slot = self.slots, sequence.slot
+        if self._shares_pages(sequence):
+            self._hash(sequence, until)
+            for i in range(table.num_published[slot], until):
+                for pool, pages in zip(self.pools, table.pages, strict=True):
+                    if page := int(pages[slot, i]):
+                        pool.publish(page, sequence.hashes[i])
+                self._computed(sequence, sequence.hashes[i])
+        table.num_published[slot] = until
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a page, a slot or a sequence is lost, held twice, or counted wrongly."""
-        holders = self.running + self.draining
+        table, running = self.slots, [sequence.slot for sequence in self.running]
+        held = [*running, *self.draining]
         for g, pool in enumerate(self.pools):
-            pool.check_integrity(page for sequence in holders for page in sequence.pages[g])
-        assert sorted([*self._slots, *(s.slot for s in holders if s.slot is not None)]) == list(
-            range(self.max_num_seqs)
-        )
-        assert self.running == sorted(self.running, key=attrgetter("rank"))
-        assert not any(s.finished for s in self.running) and all(s.finished and s.flights for s in self.draining)
+            pool.check_integrity(page for slot in held for page in table.pages[g, slot, : table.columns[slot]].tolist())
+        assert sorted([*table.free, *held]) == list(range(self.max_num_seqs))
+        assert self.running == sorted(self.running, key=attrgetter("rank")) and self._slots_by_rank().tolist() == running
+        assert all(table.sequence[s.slot] is s and not s.finished for s in self.running)
+        assert all(table.sequence[slot].finished and table.flights[slot] for slot in self.draining)
+        assert sorted(np.flatnonzero(table.live).tolist()) == sorted(running)
+        for slot in running:
+            assert table.num_committed[slot] <= table.num_computed[slot] <= table.columns[slot] * self.page_size
+            assert table.num_computed[slot] < table.num_tokens[slot] + table.in_flight[slot] <= table.end[slot]
         assert all(content in s.hashes and s in self.running for content, s in self._computing.items())
         assert self._deferred.keys() <= self._computing.keys()
         waiting = [s for _, s in self._waiting] + [s for deferred in self._deferred.values() for s in deferred]
-        assert len(set(waiting)) == len(waiting) and not any(s.slot is not None or s.pages for s in waiting)
+        assert len(set(waiting)) == len(waiting) and not any(s.slot is not None for s in waiting)
         assert self.num_waiting == sum(not s.finished for s in waiting), "a waiting sequence is lost"

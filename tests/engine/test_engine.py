@@ -17,7 +17,7 @@ def finish(engine, limit=500):
 
 
 def outputs(request):
-    return [sequence.tokens[sequence.num_prompt :] for sequence in request.sequences]
+    return [sequence.output() for sequence in request.sequences]
 
 
 def test_the_culprit_is_named_after_one_retry_and_the_others_go_on():
