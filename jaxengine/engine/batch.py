@@ -1,6 +1,7 @@
 """Scheduled rows -> padded, bucketed NumPy arrays."""
 
 from bisect import bisect_left
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +55,11 @@ def build_batch(rows: Rows, table: SlotTable, buckets: Buckets, vocab_size: int)
     mode = MODES[table.mode[sampling].max(initial=0)]
     wants_prompt = _wants_prompt_logprobs(rows, table)
     decode = len(sampling) == len(rows) and rows.count[-1] == 1 and mode != "everything" and not wants_prompt.any()
-    fresh = table.uploaded[rows.slots] == 0
+    fresh, edits = (table.uploaded == 0)[rows.slots], table.edits_logits[rows.slots]
     writes: dict[str, Any] = {
         "slot_writes": [_slot_write(table, slot) for slot in rows.slots[fresh].tolist()],
-        "logit_writes": [
-            _logit_write(table, slot, vocab_size) for slot in rows.slots[fresh & table.edits_logits[rows.slots]].tolist()
-        ],
-        "mask_writes": _mask_writes(rows[~fresh], table, vocab_size),
+        "logit_writes": [_logit_write(table, slot, vocab_size) for slot in rows.slots[fresh & edits].tolist()],
+        "mask_writes": _mask_writes(rows.slots[rows.samples & edits & ~fresh].tolist(), table, vocab_size),
     }
     if decode:
         bucket = buckets.decode(len(rows))
@@ -131,12 +130,12 @@ def _pack_head(rows: Rows, bucket: Bucket, null_slot: int) -> np.ndarray:
 def _page_updates(rows: Rows, table: SlotTable, updates: np.ndarray, null_slot: int) -> None:
     """The columns of each row's page table that the device does not have yet; padding goes to the null slot."""
     updates[:, :, 0] = null_slot
-    uploaded, columns = table.uploaded[rows.slots], table.columns[rows.slots]
+    slots = rows.slots[(table.uploaded < table.columns)[rows.slots]]
+    uploaded, columns = table.uploaded[slots], table.columns[slots]
     column, row = spread(uploaded, columns - uploaded)
-    slots = rows.slots[row]
-    updates[:, : len(row), 0], updates[:, : len(row), 1] = slots, column
-    updates[:, : len(row), 2] = table.pages[:, slots, column]
-    table.uploaded[rows.slots] = columns
+    updates[:, : len(row), 0], updates[:, : len(row), 1] = slots[row], column
+    updates[:, : len(row), 2] = table.pages[:, slots[row], column]
+    table.uploaded[slots] = columns
 
 
 def _slot_write(table: SlotTable, slot: int) -> SlotWrite:
@@ -156,15 +155,15 @@ def _slot_write(table: SlotTable, slot: int) -> SlotWrite:
 
 def _logit_write(table: SlotTable, slot: int, vocab_size: int) -> LogitWrite:
     sequence: Sequence = table.sequence[slot]
-    mask, sequence.banned = _mask(sequence, int(table.in_flight[slot]), vocab_size)
+    mask, sequence.banned = _mask(sequence, table.in_flight(slot), vocab_size)
     return LogitWrite(slot, sequence.tokens, sequence.num_prompt, mask, sequence.params.logit_bias or {})
 
 
-def _mask_writes(rows: Rows, table: SlotTable, vocab_size: int) -> list[MaskWrite]:
+def _mask_writes(slots: Seq[int], table: SlotTable, vocab_size: int) -> list[MaskWrite]:
     """Masks that differ from what the slot has: a bad word's beginning was drawn, or min_tokens are reached."""
     writes = []
-    for slot in rows.slots[rows.samples & table.edits_logits[rows.slots]].tolist():
-        sequence, in_flight = table.sequence[slot], int(table.in_flight[slot])
+    for slot in slots:
+        sequence, in_flight = table.sequence[slot], table.in_flight(slot)
         if banned_tokens(sequence, in_flight) != sequence.banned:
             mask, sequence.banned = _mask(sequence, in_flight, vocab_size)
             writes.append(MaskWrite(slot, mask))
@@ -192,7 +191,7 @@ def banned_tokens(sequence: Sequence, in_flight: int) -> frozenset[int]:
 def _wants_prompt_logprobs(rows: Rows, table: SlotTable) -> np.ndarray:
     """Which rows compute a hidden state whose successor's log-probability is asked for and still missing?"""
     wants = table.asks_prompt[rows.slots]
-    for i in np.flatnonzero(wants):
+    for i in wants.nonzero()[0]:
         sequence, start = table.sequence[rows.slots[i]], rows.start[i]
         position = sequence.next_prompt_logprob
         wants[i] = position is not None and start < sequence.num_prompt - 1 and start + rows.count[i] >= position

@@ -153,7 +153,7 @@ class Engine:
             self._keep_prompt_logprobs(step, outputs)
         assert outputs.tokens.shape[1] == 1
         sampled = rows.slots[rows.samples]
-        index = np.flatnonzero(slots.live[sampled])  # what others drew after their end is dropped
+        index = slots.live[sampled].nonzero()[0]  # what others drew after their end is dropped
         drawn, tokens = sampled[index], outputs.tokens[index, 0]
         slots.append(drawn, tokens, now)
         self.generation_tokens += len(drawn)

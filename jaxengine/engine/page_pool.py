@@ -15,12 +15,11 @@ from collections.abc import Iterable
 from hashlib import blake2b
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 
-def page_hash(parent: bytes, tokens: ArrayLike, extra: bytes) -> bytes:
+def page_hash(parent: bytes, tokens: np.ndarray, extra: bytes) -> bytes:
     """The hash of a page's content and of all that came before it: hash(parent, tokens, extra)."""
-    return blake2b(parent + extra + np.asarray(tokens, np.uint32).tobytes(), digest_size=16).digest()
+    return blake2b(parent + extra + tokens.tobytes(), digest_size=16).digest()
 
 
 class PagePool:

@@ -114,21 +114,23 @@ class Scheduler:
         """The rows of the next step; empty when nothing can run before a flight lands."""
         self._steps += 1
         table, slots = self.slots, self._slots_by_rank()
-        drawn = table.num_tokens[slots] + table.in_flight[slots]
-        missing = drawn - table.num_computed[slots]  # tokens to compute, one at least
-        chunks = np.where(missing > 1, missing, 0)
-        budget = self.max_num_batched_tokens - np.count_nonzero(chunks == 0)
-        left = budget - np.cumsum(chunks)  # for the rows behind each
-        count = np.where(chunks, np.clip(left + chunks, 0, missing), 1)
-        count[(drawn >= table.end[slots]) | (table.needs_last_token[slots] & (table.in_flight[slots] > 0))] = 0
-        columns = -(-(table.num_computed[slots] + count) // self.page_size)
-        number = self._reserve(slots, columns - table.columns[slots])
-        admitted: list[tuple[int, int]] = []
+        missing = (table.num_drawn - table.num_computed)[slots]  # tokens to compute, one at least
+        room = (table.columns * self.page_size - table.num_computed)[slots]
+        waits = table.needs_last_token & (table.num_drawn > table.num_tokens)
+        count = np.where((waits | (table.num_drawn >= table.end))[slots], 0, missing)
+        chunks = (missing > 1).nonzero()[0]
+        budget = self.max_num_batched_tokens - (len(slots) - len(chunks))
+        for i in chunks:
+            count[i] = min(missing[i], budget)
+            budget -= int(count[i])
+        number = self._reserve(slots, count - room)
+        runs = count[:number].nonzero()[0]
+        running, given = slots[runs], count[runs]
         if number == len(self.running):  # else the lower ranks land first, then they can be preempted
-            admitted = list(self._admissions(int(left[number - 1]) if number else budget))
-        runs = np.flatnonzero(count[:number])
-        new_slots, new_count = np.array(admitted, int).reshape(-1, 2).T
-        return self._advance(np.append(slots[runs], new_slots), np.append(count[runs], new_count))
+            budget += int(count[chunks[chunks >= number]].sum())  # was for those who are preempted now
+            if admitted := list(self._admissions(budget)):
+                running, given = np.append([running, given], np.array(admitted).T, axis=1)
+        return self._advance(running, given)
 
     def _slots_by_rank(self) -> np.ndarray:
         if self._ranked is None:
@@ -137,22 +139,24 @@ class Scheduler:
 
     def _advance(self, slots: np.ndarray, count: np.ndarray) -> Rows:
         table = self.slots
-        start = table.num_computed[slots]
-        samples = start + count == table.num_tokens[slots] + table.in_flight[slots]
-        table.num_computed[slots] += count
-        table.in_flight[slots] += samples
+        start, drawn = table.num_computed[slots], table.num_drawn[slots]
+        end = start + count
+        samples = end == drawn
+        table.num_computed[slots] = end
+        table.num_drawn[slots] = drawn + samples
         table.flights[slots] += 1
         return Rows(slots, start, count, samples)
 
-    def _reserve(self, slots: np.ndarray, columns: np.ndarray) -> int:
-        """So many more columns of pages for the slots by rank, taken from the lowest ranks if need be.
+    def _reserve(self, slots: np.ndarray, tokens: np.ndarray) -> int:
+        """Pages for so many more tokens of the slots by rank, taken from the lowest ranks if need be.
 
         Returns how many of the slots may run: the others are preempted, or wait until a flight lands.
         """
-        wanting = np.flatnonzero(columns > 0)
+        wanting = (tokens > 0).nonzero()[0]
         while len(wanting := wanting[wanting < len(self.running)]):
-            fitting = np.searchsorted(np.cumsum(columns[wanting]), self._num_free, side="right")
-            self._allocate(slots[wanting[:fitting]], columns[wanting[:fitting]])
+            columns = -(-tokens[wanting] // self.page_size)
+            fitting = columns.cumsum().searchsorted(self._num_free, side="right")
+            self._allocate(slots[wanting[:fitting]], columns[:fitting])
             wanting = wanting[fitting:]
             if len(wanting):
                 victim = self.running[-1]
@@ -302,10 +306,10 @@ class Scheduler:
             return
         salt = b"" if self.enable_prefix_caching else sequence.request.request_id.encode()
         extra = self.weight_version.to_bytes(8, "little") + sequence.request.cache_salt + salt
+        parent, tokens = sequence.hashes[-1] if sequence.hashes else bytes(16), sequence.tokens
         for i in range(len(sequence.hashes), count):
-            parent = sequence.hashes[-1] if sequence.hashes else bytes(16)
-            tokens = sequence.tokens[i * self.page_size : (i + 1) * self.page_size]
-            sequence.hashes.append(page_hash(parent, tokens, extra))
+            parent = page_hash(parent, tokens[i * self.page_size : (i + 1) * self.page_size], extra)
+            sequence.hashes.append(parent)
 
     def _stop_computing(self, sequence: Sequence) -> None:
         for content in sequence.hashes[self.slots.num_published[sequence.slot] : sequence.num_prompt // self.page_size]:
@@ -339,10 +343,9 @@ class Scheduler:
             self._free(slot)
         slots, committed = rows.slots[live], (rows.start + rows.count)[live]
         table.num_committed[slots] = committed
-        full = committed // self.page_size
-        filled = np.flatnonzero(full > table.num_published[slots])
-        for slot, until in zip(slots[filled].tolist(), full[filled].tolist(), strict=True):
-            self._publish(table.sequence[slot], until)
+        filled = slots[committed >= ((table.num_published + 1) * self.page_size)[slots]]
+        for slot in filled.tolist():
+            self._publish(slot)
         for g, group in self._windowed:
             first, pages = np.maximum(committed - group.window + 1, 0) // self.page_size, table.pages[g]
             behind = np.flatnonzero((first > 0) & (pages[slots, first - 1] > 0))
@@ -351,17 +354,18 @@ class Scheduler:
                 self.pools[g].release(pages[slot, given_back].tolist())
                 pages[slot, given_back] = 0
 
-    def _publish(self, sequence: Sequence, until: int) -> None:
-        """Offers the sequence's pages before this one to the prefix cache."""
-        table, slot = self.slots, sequence.slot
+    def _publish(self, slot: int) -> None:
+        """Offers the slot's full pages to the prefix cache."""
+        table, sequence = self.slots, self.slots.sequence[slot]
+        first, end = int(table.num_published[slot]), int(table.num_committed[slot]) // self.page_size
+        table.num_published[slot] = end
         if self._shares_pages(sequence):
-            self._hash(sequence, until)
-            for i in range(table.num_published[slot], until):
+            self._hash(sequence, end)
+            for i, content in enumerate(sequence.hashes[first:end], first):
                 for pool, pages in zip(self.pools, table.pages, strict=True):
-                    if page := int(pages[slot, i]):
-                        pool.publish(page, sequence.hashes[i])
-                self._computed(sequence, sequence.hashes[i])
-        table.num_published[slot] = until
+                    if page := pages.item(slot, i):
+                        pool.publish(page, content)
+                self._computed(sequence, content)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a page, a slot or a sequence is lost, held twice, or counted wrongly."""
@@ -376,7 +380,8 @@ class Scheduler:
         assert sorted(np.flatnonzero(table.live).tolist()) == sorted(running)
         for slot in running:
             assert table.num_committed[slot] <= table.num_computed[slot] <= table.columns[slot] * self.page_size
-            assert table.num_computed[slot] < table.num_tokens[slot] + table.in_flight[slot] <= table.end[slot]
+            assert table.num_computed[slot] < table.num_drawn[slot] <= table.end[slot]
+            assert table.num_tokens[slot] <= table.num_drawn[slot]
         assert all(content in s.hashes and s in self.running for content, s in self._computing.items())
         assert self._deferred.keys() <= self._computing.keys()
         waiting = [s for _, s in self._waiting] + [s for deferred in self._deferred.values() for s in deferred]

@@ -47,10 +47,11 @@ class Sequence:
     def enter(self, table: SlotTable, slot: int, num_computed: int) -> None:
         """Runs in this slot from now on; its pages hold `num_computed` tokens already."""
         request, count = self.request, len(self._tokens)
-        table.tokens[slot, :count], table.num_tokens[slot] = self._tokens, count
+        table.tokens[slot, :count] = self._tokens
+        table.num_tokens[slot] = table.num_drawn[slot] = count
         table.num_committed[slot] = table.num_computed[slot] = num_computed
         table.end[slot] = self.num_prompt + request.max_tokens
-        for counts in (table.in_flight, table.flights, table.uploaded, table.last_token_time):
+        for counts in (table.flights, table.uploaded, table.last_token_time):
             counts[slot] = 0
         table.mode[slot] = MODES.index(request.mode)
         table.needs_last_token[slot] = request.needs_last_token

@@ -24,9 +24,10 @@ class Rows:
 class SlotTable:
     """A slot belongs to one sequence until no flight names it any more.
 
-    tokens     [ prompt ............ | output ..... ] + in_flight (sampled, not yet seen by the host)
-    committed  ----------------------------->|          in the pages for certain
-    computed   -------------------------------->|       in the pages once every flight has landed
+    tokens     [ prompt ............ | output ..... ]
+    drawn      ------------------------------------------>|  those that the host has not seen yet included
+    committed  ----------------------------->|               in the pages for certain
+    computed   -------------------------------------->|      in the pages once every flight has landed
 
     Pages of all cache groups have the same columns; page 0 lies behind a window, given back.
     """
@@ -41,7 +42,7 @@ class SlotTable:
         # Memory is touched where it is used only.
         self.tokens = np.zeros((num_slots, max_model_len), np.int32)
         self.pages = np.zeros((num_groups, num_slots, -(-max_model_len // page_size)), np.int32)
-        self.num_tokens, self.in_flight = zeros(), zeros()
+        self.num_tokens, self.num_drawn = zeros(), zeros()
         self.num_committed, self.num_computed = zeros(), zeros()
         self.end = zeros()  # tokens of prompt and output when it has all of them
         self.flights = zeros()  # steps that name the slot and have not landed
@@ -57,10 +58,14 @@ class SlotTable:
 
     def append(self, slots: np.ndarray, tokens: np.ndarray, now: float) -> None:
         """A token for each of these slots was in flight and is known now."""
-        self.tokens[slots, self.num_tokens[slots]] = tokens
-        self.num_tokens[slots] += 1
-        self.in_flight[slots] -= 1
+        place = self.num_tokens[slots]
+        self.tokens[slots, place] = tokens
+        self.num_tokens[slots] = place + 1
         self.last_token_time[slots] = now
+
+    def in_flight(self, slot: int) -> int:
+        """Tokens that were drawn, or will be by a step on its way, and that the host has not seen."""
+        return int(self.num_drawn[slot] - self.num_tokens[slot])
 
     def known(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The tokens at these positions; -1: still on the device, the slot's last token."""
@@ -69,6 +74,5 @@ class SlotTable:
 
 def spread(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The numbers first[i] ... first[i] + count[i] - 1 of every i, one after another, and the i of each."""
-    owner = np.repeat(np.arange(len(count)), count)
-    behind = np.cumsum(count)
-    return np.arange(len(owner)) + (first - behind + count)[owner], owner
+    owner = np.arange(len(count)).repeat(count)
+    return np.arange(len(owner)) + (first - count.cumsum() + count)[owner], owner
