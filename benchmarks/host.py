@@ -92,7 +92,9 @@ def time_steps(rows: int, steps: int, steps_in_flight: int = 1) -> dict[str, lis
         for _ in range(steps):
             clock.spent = {"rest": 0.0}
             step()
-            clock.spent["rest"] = clock.spent["all"] - sum(clock.spent[name] for name in ("schedule", "build", "commit"))
+            clock.spent["rest"] = clock.spent["all"] - sum(
+                clock.spent[name] for name in ("schedule", "build", "commit")
+            )
             for name, values in times.items():
                 values.append(clock.spent[name] * 1e3)
     finally:

@@ -49,12 +49,13 @@ class Buckets:
 
 def build_batch(rows: Rows, table: SlotTable, buckets: Buckets, vocab_size: int) -> tuple[Rows, StepInputs]:
     """The step's inputs, and its rows in the order in which the outputs come: rows of one token first."""
-    if rows.count.max() > 1:
+    longest = rows.count.max()
+    if longest > 1:
         rows = rows[np.argsort(rows.count > 1, kind="stable")]
     sampling = rows.slots[rows.samples]
     mode = MODES[table.mode[sampling].max(initial=0)]
     wants_prompt = _wants_prompt_logprobs(rows, table)
-    decode = len(sampling) == len(rows) and rows.count[-1] == 1 and mode != "everything" and not wants_prompt.any()
+    decode = len(sampling) == len(rows) and longest == 1 and mode != "everything" and not wants_prompt.any()
     fresh, edits = (table.uploaded == 0)[rows.slots], table.edits_logits[rows.slots]
     writes: dict[str, Any] = {
         "slot_writes": [_slot_write(table, slot) for slot in rows.slots[fresh].tolist()],

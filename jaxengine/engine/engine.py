@@ -105,7 +105,7 @@ class Engine:
         for sequence in request.sequences:
             self.sink.open(sequence, request.prompt_token_ids, request.params)
         self._requests[request.request_id] = request
-        self._enders[self._stops(request)] += 1
+        self._enders[self._stop_ids(request)] += 1
         self.prompt_tokens += len(request.prompt_token_ids)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, id(request), request))
@@ -154,17 +154,17 @@ class Engine:
         assert outputs.tokens.shape[1] == 1
         sampled = rows.slots[rows.samples]
         index = slots.live[sampled].nonzero()[0]  # what others drew after their end is dropped
-        drawn, tokens = sampled[index], outputs.tokens[index, 0]
+        drawn, tokens = sampled[index], outputs.tokens[:, 0][index]
         slots.append(drawn, tokens, now)
         self.generation_tokens += len(drawn)
         self.scheduler.land(rows)
-        notable = slots.noticed[drawn] | (self._enders[tokens] > 0) | (slots.num_tokens[drawn] >= slots.end[drawn])
+        notable = (slots.attended | (slots.num_tokens >= slots.end))[drawn] | (self._enders[tokens] > 0)
         noted = slots.sequence[drawn[notable]].tolist()
         for sequence, i in zip(noted, index[notable].tolist(), strict=True):
             _keep_logprobs(sequence, outputs, i)
             sequence.request.first_token_time = sequence.request.first_token_time or now
             sequence.request.last_token_time = now
-            slots.noticed[sequence.slot] = sequence.request.needs_text or sequence.params.logprobs is not None
+            slots.attended[sequence.slot] = sequence.request.needs_text or sequence.params.logprobs is not None
         self._apply_stops(noted)
         for sequence in noted:
             if sequence.finished:
@@ -175,23 +175,19 @@ class Engine:
 
     def _apply_stops(self, drawn: list[Sequence]) -> None:
         """Ends the sequences that drew a stop token or a stop string, or that have all their tokens."""
-        stops = [self._stop_token(sequence) for sequence in drawn]
-        hidden = [
-            stop is not None and not sequence.params.include_stop_str_in_output
-            for sequence, stop in zip(drawn, stops, strict=True)
-        ]
-        read = {s: (s.num_read, s.read(hide)) for s, hide in zip(drawn, hidden, strict=True) if s.request.needs_text}
-        updates = self.sink.update([(sequence, ids) for sequence, (_, ids) in read.items()])
-        found = dict(zip(read, updates, strict=True))
-        for sequence, stop, hide in zip(drawn, stops, hidden, strict=True):
+        stops = {sequence: self._stop_token(sequence) for sequence in drawn}
+        before = {sequence: sequence.num_read for sequence in drawn if sequence.request.needs_text}
+        updates = self.sink.update([(sequence, sequence.read(stops[sequence] is not None)) for sequence in before])
+        found = dict(zip(before, updates, strict=True))
+        for sequence, stop in stops.items():
             update = found.get(sequence)
             if update is not None:
                 sequence.text += update.text_delta
             if update is not None and update.stop is not None:
-                sequence.keep_output(read[sequence][0] + update.keep)
+                sequence.keep_output(before[sequence] + update.keep)
                 self._finish(sequence, "stop", update.stop)
             elif stop is not None:
-                self._finish(sequence, "stop", None if stop in sequence.request.eos_token_ids else stop, hide)
+                self._finish(sequence, "stop", None if stop in sequence.request.eos_token_ids else stop)
             elif sequence.num_output >= sequence.request.max_tokens:
                 self._finish(sequence, "length")
 
@@ -199,7 +195,7 @@ class Engine:
         last, request = int(sequence.tokens[-1]), sequence.request
         return last if last in request.stop_token_ids and sequence.num_output >= request.params.min_tokens else None
 
-    def _stops(self, request: Request) -> list[int]:
+    def _stop_ids(self, request: Request) -> list[int]:
         return [token for token in request.stop_token_ids if token < self.vocab_size]
 
     def _keep_prompt_logprobs(self, step: _Step, outputs: StepOutputs) -> None:
@@ -214,11 +210,9 @@ class Engine:
             _keep_prompt_logprobs(sequence, start, count, [part[i:] for part in outputs.prompt], whole.get(i))
             slots.asks_prompt[slot] = sequence.next_prompt_logprob is not None
 
-    def _finish(
-        self, sequence: Sequence, reason: str, stop: int | str | None = None, hide_last: bool = False
-    ) -> None:
+    def _finish(self, sequence: Sequence, reason: str, stop: int | str | None = None) -> None:
         if not sequence.finished:
-            sequence.text += self.sink.close(sequence, sequence.read(hide_last))
+            sequence.text += self.sink.close(sequence, sequence.read(stopped=reason == "stop"))
             self.scheduler.finish(sequence, reason, stop)
 
     def _report(self, request: Request) -> None:
@@ -226,7 +220,7 @@ class Engine:
             self._news[request] = None
         if request.finished and self._requests.get(request.request_id) is request:
             del self._requests[request.request_id]
-            self._enders[self._stops(request)] -= 1
+            self._enders[self._stop_ids(request)] -= 1
             self.ended[str(request.sequences[0].finish_reason)] += 1
 
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:

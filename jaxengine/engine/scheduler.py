@@ -73,6 +73,7 @@ class Scheduler:
         """Queues every sequence of the request. One unit of priority outweighs `priority_aging_steps` of waiting."""
         request.rank = (request.priority * self.priority_aging_steps + self._steps, self._arrivals)
         self._arrivals += 1
+        assert len(request.prompt_token_ids) + request.max_tokens <= self.max_model_len
         for sequence in request.sequences:
             self._wait(sequence)
 
@@ -125,12 +126,13 @@ class Scheduler:
             budget -= int(count[i])
         number = self._reserve(slots, count - room)
         runs = count[:number].nonzero()[0]
-        running, given = slots[runs], count[runs]
+        chosen, tokens = slots[runs], count[runs]
         if number == len(self.running):  # else the lower ranks land first, then they can be preempted
             budget += int(count[chunks[chunks >= number]].sum())  # was for those who are preempted now
             if admitted := list(self._admissions(budget)):
-                running, given = np.append([running, given], np.array(admitted).T, axis=1)
-        return self._advance(running, given)
+                chosen = np.append(chosen, [slot for slot, _ in admitted])
+                tokens = np.append(tokens, [count for _, count in admitted])
+        return self._advance(chosen, tokens)
 
     def _slots_by_rank(self) -> np.ndarray:
         if self._ranked is None:
@@ -153,7 +155,7 @@ class Scheduler:
         Returns how many of the slots may run: the others are preempted, or wait until a flight lands.
         """
         wanting = (tokens > 0).nonzero()[0]
-        while len(wanting := wanting[wanting < len(self.running)]):
+        while len(wanting):
             columns = -(-tokens[wanting] // self.page_size)
             fitting = columns.cumsum().searchsorted(self._num_free, side="right")
             self._allocate(slots[wanting[:fitting]], columns[:fitting])
@@ -163,6 +165,7 @@ class Scheduler:
                 if wanting[0] == len(self.running) - 1 or self.slots.flights[victim.slot]:
                     return int(wanting[0])
                 self._preempt(victim)
+                wanting = wanting[wanting < len(self.running)]
         return len(self.running)
 
     @property
@@ -172,7 +175,9 @@ class Scheduler:
     def _allocate(self, slots: np.ndarray, columns: np.ndarray) -> None:
         column, owner = spread(self.slots.columns[slots], columns)
         for table, pool in zip(self.slots.pages, self.pools, strict=True):
-            table[slots[owner], column] = pool.allocate(len(owner))
+            pages = pool.allocate(len(owner))
+            assert pages is not None
+            table[slots[owner], column] = pages
         self.slots.columns[slots] += columns
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -335,53 +340,53 @@ class Scheduler:
 
     def land(self, rows: Rows) -> None:
         """A step has landed: publishes its rows' full pages, gives back those behind a window."""
-        table = self.slots
-        table.flights[rows.slots] -= 1
-        live = table.live[rows.slots]
-        for slot in rows.slots[~live & (table.flights[rows.slots] == 0)].tolist():
-            self.draining.remove(slot)
-            self._free(slot)
-        slots, committed = rows.slots[live], (rows.start + rows.count)[live]
-        table.num_committed[slots] = committed
-        filled = slots[committed >= ((table.num_published + 1) * self.page_size)[slots]]
-        for slot in filled.tolist():
-            self._publish(slot)
+        table, slots, committed = self.slots, rows.slots, rows.start + rows.count
+        table.flights[slots] -= 1
+        live = table.live[slots]
+        for slot in slots[~live].tolist():
+            if table.flights[slot] == 0:
+                self.draining.remove(slot)
+                self._free(slot)
+        filled = (live & (committed >= ((table.num_published + 1) * self.page_size)[slots])).nonzero()[0]
+        for slot, end in zip(slots[filled].tolist(), (committed[filled] // self.page_size).tolist(), strict=True):
+            self._publish(slot, end)
         for g, group in self._windowed:
             first, pages = np.maximum(committed - group.window + 1, 0) // self.page_size, table.pages[g]
-            behind = np.flatnonzero((first > 0) & (pages[slots, first - 1] > 0))
+            behind = (live & (first > 0) & (pages[slots, first - 1] > 0)).nonzero()[0]
             for slot, end in zip(slots[behind].tolist(), first[behind].tolist(), strict=True):
-                given_back = np.flatnonzero(pages[slot, :end])
+                given_back = pages[slot, :end].nonzero()[0]
                 self.pools[g].release(pages[slot, given_back].tolist())
                 pages[slot, given_back] = 0
 
-    def _publish(self, slot: int) -> None:
-        """Offers the slot's full pages to the prefix cache."""
+    def _publish(self, slot: int, end: int) -> None:
+        """Offers the slot's pages before this one to the prefix cache."""
         table, sequence = self.slots, self.slots.sequence[slot]
-        first, end = int(table.num_published[slot]), int(table.num_committed[slot]) // self.page_size
-        table.num_published[slot] = end
+        first, table.num_published[slot] = table.num_published[slot], end
         if self._shares_pages(sequence):
             self._hash(sequence, end)
-            for i, content in enumerate(sequence.hashes[first:end], first):
-                for pool, pages in zip(self.pools, table.pages, strict=True):
-                    if page := pages.item(slot, i):
+            for i in range(first, end):
+                content = sequence.hashes[i]
+                for pool, page in zip(self.pools, table.pages[:, slot, i].tolist(), strict=True):
+                    if page:
                         pool.publish(page, content)
                 self._computed(sequence, content)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a page, a slot or a sequence is lost, held twice, or counted wrongly."""
-        table, running = self.slots, [sequence.slot for sequence in self.running]
+        table, running = self.slots, self._slots_by_rank().tolist()
         held = [*running, *self.draining]
         for g, pool in enumerate(self.pools):
             pool.check_integrity(page for slot in held for page in table.pages[g, slot, : table.columns[slot]].tolist())
         assert sorted([*table.free, *held]) == list(range(self.max_num_seqs))
-        assert self.running == sorted(self.running, key=attrgetter("rank")) and self._slots_by_rank().tolist() == running
+        assert self.running == sorted(self.running, key=attrgetter("rank"))
+        assert running == [sequence.slot for sequence in self.running]
         assert all(table.sequence[s.slot] is s and not s.finished for s in self.running)
         assert all(table.sequence[slot].finished and table.flights[slot] for slot in self.draining)
         assert sorted(np.flatnonzero(table.live).tolist()) == sorted(running)
         for slot in running:
-            assert table.num_committed[slot] <= table.num_computed[slot] <= table.columns[slot] * self.page_size
+            assert table.num_computed[slot] <= table.columns[slot] * self.page_size
             assert table.num_computed[slot] < table.num_drawn[slot] <= table.end[slot]
-            assert table.num_tokens[slot] <= table.num_drawn[slot]
+            assert 0 <= table.in_flight(slot) <= table.flights[slot]
         assert all(content in s.hashes and s in self.running for content, s in self._computing.items())
         assert self._deferred.keys() <= self._computing.keys()
         waiting = [s for _, s in self._waiting] + [s for deferred in self._deferred.values() for s in deferred]

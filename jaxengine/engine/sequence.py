@@ -33,7 +33,7 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     text: str = ""
-    num_read: int = 0  # output tokens that went into the text, or will never
+    num_read: int = 0  # output tokens that its text has, or will never have
     cumulative_logprob: float = 0.0
     logprobs: list[tuple] = field(default_factory=list)  # per output token: logprob, rank, top ids, top logprobs
     prompt_logprobs: list[tuple] = field(default_factory=list)  # per prompt position from the first one asked for
@@ -49,7 +49,7 @@ class Sequence:
         request, count = self.request, len(self._tokens)
         table.tokens[slot, :count] = self._tokens
         table.num_tokens[slot] = table.num_drawn[slot] = count
-        table.num_committed[slot] = table.num_computed[slot] = num_computed
+        table.num_computed[slot] = num_computed
         table.end[slot] = self.num_prompt + request.max_tokens
         for counts in (table.flights, table.uploaded, table.last_token_time):
             counts[slot] = 0
@@ -57,7 +57,7 @@ class Sequence:
         table.needs_last_token[slot] = request.needs_last_token
         table.edits_logits[slot] = request.edits_logits
         table.asks_prompt[slot] = self.next_prompt_logprob is not None
-        table.noticed[slot] = table.live[slot] = True
+        table.attended[slot] = table.live[slot] = True
         table.sequence[slot] = self
         self.slot, self._table = slot, table
 
@@ -73,7 +73,8 @@ class Sequence:
     @property
     def tokens(self) -> np.ndarray:
         """int32: prompt, then output; not to be written to."""
-        return self._tokens if self._table is None else self._table.tokens[self.slot, : self.num_tokens]
+        table = self._table
+        return self._tokens if table is None else table.tokens[self.slot, : table.num_tokens[self.slot]]
 
     @property
     def num_tokens(self) -> int:
@@ -87,11 +88,11 @@ class Sequence:
         """The output's token ids from the start-th on."""
         return self.tokens[self.num_prompt + start :].tolist()
 
-    def read(self, hide_last: bool = False) -> list[int]:
-        """The output's token ids that were not read yet, but for the last one if that is to stay hidden."""
+    def read(self, stopped: bool) -> list[int]:
+        """The output's token ids that its text does not have yet; a stop token at its end may have to stay out."""
         ids = self.output(self.num_read)
         self.num_read += len(ids)
-        return ids[:-1] if hide_last else ids
+        return ids[:-1] if stopped and not self.params.include_stop_str_in_output else ids
 
     def keep_output(self, count: int) -> None:
         """Drops what it drew beyond its first `count` tokens."""

@@ -1,11 +1,11 @@
-"""The sequences that run, by device slot, as arrays: what happens to every row of every step costs no Python per row."""
+"""What the host knows of running sequences, in arrays by device slot: a step costs no Python for each row."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Rows:
     """Rows of a step: `count` tokens of each slot from `start` on; `samples` when they reach the sequence's end."""
 
@@ -26,7 +26,6 @@ class SlotTable:
 
     tokens     [ prompt ............ | output ..... ]
     drawn      ------------------------------------------>|  those that the host has not seen yet included
-    committed  ----------------------------->|               in the pages for certain
     computed   -------------------------------------->|      in the pages once every flight has landed
 
     Pages of all cache groups have the same columns; page 0 lies behind a window, given back.
@@ -42,8 +41,7 @@ class SlotTable:
         # Memory is touched where it is used only.
         self.tokens = np.zeros((num_slots, max_model_len), np.int32)
         self.pages = np.zeros((num_groups, num_slots, -(-max_model_len // page_size)), np.int32)
-        self.num_tokens, self.num_drawn = zeros(), zeros()
-        self.num_committed, self.num_computed = zeros(), zeros()
+        self.num_tokens, self.num_drawn, self.num_computed = zeros(), zeros(), zeros()
         self.end = zeros()  # tokens of prompt and output when it has all of them
         self.flights = zeros()  # steps that name the slot and have not landed
         self.columns = zeros()  # of the page table that have their page
@@ -54,7 +52,7 @@ class SlotTable:
         self.needs_last_token = zeros(bool)
         self.edits_logits = zeros(bool)
         self.asks_prompt = zeros(bool)  # log-probabilities of its prompt are still missing
-        self.noticed = zeros(bool)  # Python must look at its next token: it is the first, or one of many watched
+        self.attended = zeros(bool)  # Python looks at its next token, which is the first or whose likes somebody awaits
 
     def append(self, slots: np.ndarray, tokens: np.ndarray, now: float) -> None:
         """A token for each of these slots was in flight and is known now."""

@@ -58,7 +58,7 @@ def test_a_bucket_has_room_for_all_that_its_rows_may_bring(data):
         rows.append((len(rows), start, count, data.draw(st.booleans())))
         added += has - had if had else 0  # what a fresh slot has comes with its slot write
     ordered, inputs = build_batch(rows_of(*rows), table, buckets, 8)
-    assert sorted(zip(*(column.tolist() for column in vars(ordered).values()))) == rows
+    assert sorted(zip(ordered.slots, ordered.start, ordered.count, ordered.samples)) == rows
     counts = ordered.count.tolist()
     assert [c > 1 for c in counts] == sorted(c > 1 for c in counts)
     fields = unpack(inputs.kind, inputs.bucket, inputs.packed)
