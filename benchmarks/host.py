@@ -30,12 +30,14 @@ PAGE_SIZE, PROMPT, VOCAB, TOKEN = 16, 128, 128256, 5
 class NoDevice:
     """Draws the same token for every row, at once."""
 
+    def __init__(self, rows: int):
+        self._outputs = StepOutputs(np.full((rows, 1), TOKEN, np.int32), np.ones(rows, np.int32))
+
     def submit(self, inputs: StepInputs) -> "NoDevice":
-        self._rows = (inputs.head_bucket or inputs.bucket).rows
         return self
 
     def result(self) -> StepOutputs:
-        return StepOutputs(np.full((self._rows, 1), TOKEN, np.int32), np.ones(self._rows, np.int32))
+        return self._outputs
 
     def reset(self) -> None:
         pass
@@ -67,7 +69,7 @@ def make_engine(rows: int, length: int, steps_in_flight: int) -> Engine:
     )  # fmt: skip
     buckets = Buckets(powers_of_two(1, rows), powers_of_two(64, budget), 64, PAGE_SIZE, 1, rows)
     return Engine(
-        scheduler, NoDevice(), buckets, TextSink(None), vocab_size=VOCAB, steps_in_flight=steps_in_flight
+        scheduler, NoDevice(rows), buckets, TextSink(None), vocab_size=VOCAB, steps_in_flight=steps_in_flight
     )  # fmt: skip
 
 

@@ -118,7 +118,8 @@ class Scheduler:
         missing = (table.num_drawn - table.num_computed)[slots]  # tokens to compute, one at least
         room = (table.columns * self.page_size - table.num_computed)[slots]
         waits = table.needs_last_token & (table.num_drawn > table.num_tokens)
-        count = np.where((waits | (table.num_drawn >= table.end))[slots], 0, missing)
+        count = missing.copy()
+        count[(waits | (table.num_drawn >= table.end))[slots]] = 0
         chunks = (missing > 1).nonzero()[0]
         budget = self.max_num_batched_tokens - (len(slots) - len(chunks))
         for i in chunks:
@@ -128,7 +129,8 @@ class Scheduler:
         runs = count[:number].nonzero()[0]
         chosen, tokens = slots[runs], count[runs]
         if number == len(self.running):  # else the lower ranks land first, then they can be preempted
-            budget += int(count[chunks[chunks >= number]].sum())  # was for those who are preempted now
+            for i in chunks[chunks >= number]:  # who is preempted now
+                budget += int(count[i])
             if admitted := list(self._admissions(budget)):
                 chosen = np.append(chosen, [slot for slot, _ in admitted])
                 tokens = np.append(tokens, [count for _, count in admitted])
@@ -157,7 +159,7 @@ class Scheduler:
         wanting = (tokens > 0).nonzero()[0]
         while len(wanting):
             columns = -(-tokens[wanting] // self.page_size)
-            fitting = columns.cumsum().searchsorted(self._num_free, side="right")
+            fitting = np.count_nonzero(columns.cumsum() <= self._num_free)
             self._allocate(slots[wanting[:fitting]], columns[:fitting])
             wanting = wanting[fitting:]
             if len(wanting):

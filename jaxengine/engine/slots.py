@@ -67,7 +67,9 @@ class SlotTable:
 
     def known(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The tokens at these positions; -1: still on the device, the slot's last token."""
-        return np.where(positions < self.num_tokens[slots], self.tokens[slots, positions], -1)
+        tokens = self.tokens[slots, positions]
+        tokens[positions >= self.num_tokens[slots]] = -1
+        return tokens
 
 
 def spread(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
