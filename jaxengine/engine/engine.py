@@ -159,13 +159,14 @@ class Engine:
         self.generation_tokens += len(drawn)
         self.scheduler.land(rows)
         notable = (slots.attended | (slots.num_tokens >= slots.end))[drawn] | (self._enders[tokens] > 0)
-        noted = slots.sequence[drawn[notable]].tolist()
+        drawn, noted = drawn[notable], slots.sequence[drawn[notable]].tolist()
+        slots.attended[drawn] = slots.followed[drawn]
         for sequence, i in zip(noted, index[notable].tolist(), strict=True):
-            _keep_logprobs(sequence, outputs, i)
-            sequence.request.first_token_time = sequence.request.first_token_time or now
-            sequence.request.last_token_time = now
-            slots.attended[sequence.slot] = sequence.request.needs_text or sequence.params.logprobs is not None
-        self._apply_stops(noted)
+            request = sequence.request
+            request.first_token_time, request.last_token_time = request.first_token_time or now, now
+            if request.params.logprobs is not None:
+                _keep_logprobs(sequence, outputs, i)
+        self._apply_stops(noted, tokens[notable].tolist())
         for sequence in noted:
             if sequence.finished:
                 self._report(sequence.request)
@@ -173,9 +174,11 @@ class Engine:
                 self._news[sequence.request] = None
         self._torn, self._committing = False, ()
 
-    def _apply_stops(self, drawn: list[Sequence]) -> None:
+    def _apply_stops(self, drawn: list[Sequence], tokens: list[int]) -> None:
         """Ends the sequences that drew a stop token or a stop string, or that have all their tokens."""
-        stops = {sequence: self._stop_token(sequence) for sequence in drawn}
+        stops = {
+            sequence: token if _stops(sequence, token) else None for sequence, token in zip(drawn, tokens, strict=True)
+        }
         before = {sequence: sequence.num_read for sequence in drawn if sequence.request.needs_text}
         updates = self.sink.update([(sequence, sequence.read(stops[sequence] is not None)) for sequence in before])
         found = dict(zip(before, updates, strict=True))
@@ -190,10 +193,6 @@ class Engine:
                 self._finish(sequence, "stop", None if stop in sequence.request.eos_token_ids else stop)
             elif sequence.num_output >= sequence.request.max_tokens:
                 self._finish(sequence, "length")
-
-    def _stop_token(self, sequence: Sequence) -> int | None:
-        last, request = int(sequence.tokens[-1]), sequence.request
-        return last if last in request.stop_token_ids and sequence.num_output >= request.params.min_tokens else None
 
     def _stop_ids(self, request: Request) -> list[int]:
         return [token for token in request.stop_token_ids if token < self.vocab_size]
@@ -324,10 +323,12 @@ class Engine:
         assert all(not request.finished for request in self._requests.values())
 
 
+def _stops(sequence: Sequence, token: int) -> bool:
+    return token in sequence.request.stop_token_ids and sequence.num_output >= sequence.params.min_tokens
+
+
 def _keep_logprobs(sequence: Sequence, outputs: StepOutputs, i: int) -> None:
     wanted = sequence.params.logprobs
-    if wanted is None:
-        return
     assert outputs.logprob is not None and outputs.rank is not None
     assert outputs.top_ids is not None and outputs.top_logprobs is not None
     logprob = float(outputs.logprob[i])

@@ -57,6 +57,7 @@ class Sequence:
         table.needs_last_token[slot] = request.needs_last_token
         table.edits_logits[slot] = request.edits_logits
         table.asks_prompt[slot] = self.next_prompt_logprob is not None
+        table.followed[slot] = request.needs_text or self.params.logprobs is not None
         table.attended[slot] = table.live[slot] = True
         table.sequence[slot] = self
         self.slot, self._table = slot, table
@@ -90,7 +91,7 @@ class Sequence:
 
     def read(self, stopped: bool) -> list[int]:
         """The output's token ids that its text does not have yet; a stop token at its end may have to stay out."""
-        ids = self.output(self.num_read)
+        ids = self.tokens[self.num_prompt + self.num_read :].tolist()
         self.num_read += len(ids)
         return ids[:-1] if stopped and not self.params.include_stop_str_in_output else ids
 

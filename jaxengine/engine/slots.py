@@ -52,7 +52,10 @@ class SlotTable:
         self.needs_last_token = zeros(bool)
         self.edits_logits = zeros(bool)
         self.asks_prompt = zeros(bool)  # log-probabilities of its prompt are still missing
-        self.attended = zeros(bool)  # Python looks at its next token, which is the first or whose likes somebody awaits
+        self.followed = zeros(bool)  # somebody waits for each of its tokens: Python looks at them all
+        self.attended = zeros(
+            bool
+        )  # Python looks at its next token: it is followed, or this is the first since it runs
 
     def append(self, slots: np.ndarray, tokens: np.ndarray, now: float) -> None:
         """A token for each of these slots was in flight and is known now."""

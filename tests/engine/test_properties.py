@@ -48,6 +48,7 @@ def workloads(draw, faults=False):
             asked.update(bad_words=[[draw(st.integers(0, 15))], [draw(st.integers(0, 15)), draw(st.integers(0, 15))]])
         arrival = draw(st.integers(0, 12))
         requests.append((arrival, make_request(i, prompt, **asked)))
+        requests[-1][1].watched = draw(st.booleans())
         longest = max(longest, len(prompt) + asked["max_tokens"] - 1)
     # The fewest pages that the largest request needs alone, and a few more.
     needed = [
