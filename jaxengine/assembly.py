@@ -97,8 +97,8 @@ def assemble(
     )  # fmt: skip
     scheduler = Scheduler(
         groups, num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs,
-        max_num_batched_tokens=sizes.max_num_batched_tokens, enable_prefix_caching=config.enable_prefix_caching,
-        priority_aging_steps=config.priority_aging_steps,
+        max_num_batched_tokens=sizes.max_num_batched_tokens, max_model_len=sizes.max_model_len,
+        enable_prefix_caching=config.enable_prefix_caching, priority_aging_steps=config.priority_aging_steps,
     )  # fmt: skip
     frontend = Frontend(
         words, vocab_size=checkpoint.config.vocab_size, max_model_len=sizes.max_model_len,

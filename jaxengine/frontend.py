@@ -181,7 +181,7 @@ class Reporter:
         tokens, characters = self._told[i] if delta else (0, 0)
         self._told[i] = sequence.num_output, len(sequence.text)
         asked = sequence.params.logprobs is not None
-        ids = sequence.tokens[sequence.num_prompt + tokens :]
+        ids = sequence.output(tokens)
         rows = sequence.logprobs[tokens:] if tokens else sequence.logprobs
         return CompletionOutput(
             index=sequence.index,

@@ -6,11 +6,12 @@ All integers of a step travel as one packed int32 array. Its fields are declared
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 Mode = Literal["greedy", "sampled", "everything"]
+MODES: tuple[Mode, ...] = get_args(Mode)  # each can do all that those before it can
 
 
 @dataclass(frozen=True)

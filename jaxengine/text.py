@@ -92,8 +92,13 @@ class Detokenizer:
                 return TextUpdate(self._show(len(self._decoded)), stop, taken)
         return TextUpdate(self._show(len(self._decoded) - self._held_back()), None, len(token_ids))
 
-    def finish(self) -> str:
-        """The rest of the text: incomplete characters as replacement characters, and beginnings of stop strings."""
+    def finish(self, token_ids: Sequence[int] = ()) -> str:
+        """The rest of the text, that of these last tokens included; no stop string is looked for in it.
+
+        Incomplete characters become replacement characters.
+        """
+        self._ids += token_ids
+        self._pending += len(token_ids)
         if self._pending and not self._ended:
             whole = self._tokenizer.decode(self._ids, self._skip, self._spaces)
             if whole.startswith(self._decoded):
@@ -186,7 +191,11 @@ class TextSink:
             updates.append(output.append(ids) if output else _no_text(len(ids)))
         return updates
 
-    def close(self, key: Hashable) -> str:
-        """Ends an output and forgets it; the text that was still held back. A key that is not open gives none."""
+    def close(self, key: Hashable, ids: Sequence[int] = ()) -> str:
+        """Ends an output and forgets it; the text that was still held back, and that of the last ids.
+
+        For an output that is wanted at its end only, these may be all: decoded at once they take a fraction of the
+        time. A key that is not open gives no text.
+        """
         output = self._outputs.pop(key, None)
-        return output.finish() if output else ""
+        return output.finish(ids) if output else ""

@@ -348,9 +348,8 @@ class FakeSink:
             updates.append(SimpleNamespace(text_delta=entry[0][start:], stop=stop, keep=len(ids)))
         return updates
 
-    def close(self, key):
-        self.texts.pop(key, None)
-        return ""
+    def close(self, key, ids):
+        return "".join(letter(token) for token in ids) if self.texts.pop(key, None) else ""
 
 
 def letter(token: int) -> str:
@@ -369,7 +368,7 @@ def make_engine(
     counts = [pages] * len(windows) if isinstance(pages, int) else pages
     scheduler = Scheduler(
         groups_of(windows), [count + 1 for count in counts], page_size=page_size, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, **options,
+        max_num_batched_tokens=max_num_batched_tokens, max_model_len=columns * page_size, **options,
     )  # fmt: skip
     buckets = Buckets(
         rows=powers_of_two(1, max_num_seqs),

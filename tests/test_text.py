@@ -187,6 +187,19 @@ def test_sink():
         sink.update([("plain", hello)])
 
 
+def test_text_that_is_wanted_at_the_end_only_comes_from_close():
+    ids = BYTES.encode("héllo 🙂!")
+    for shown in (0, 3):
+        for output in (ids, ids[:-2], [*ids, 2]):  # whole, ending within a character perhaps, and with a special token
+            sink = TextSink(BYTES)
+            sink.open("a", [1], params())
+            text = "".join(update.text_delta for update in sink.update([("a", output[:shown])]))
+            assert text + sink.close("a", output[shown:]) == BYTES.decode(output)
+    sink = TextSink(None)
+    sink.open("silent", [1], params(detokenize=False))
+    assert sink.close("silent", ids) == ""
+
+
 def test_spaces_between_special_tokens():
     tokenizer = Tokenizer(word_level())
     ids = tokenizer.encode("hello <a> <b> <a> world")

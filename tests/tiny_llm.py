@@ -108,6 +108,7 @@ def fresh_llm(kind="llama", pages=None, max_num_batched_tokens=None, **options):
             page_size=llm.config.page_size,
             max_num_seqs=llm.config.max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens or llm.config.max_num_batched_tokens,
+            max_model_len=llm.config.max_model_len,
             enable_prefix_caching=llm.config.enable_prefix_caching,
             priority_aging_steps=llm.config.priority_aging_steps,
         )

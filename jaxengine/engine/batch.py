@@ -1,16 +1,15 @@
 """Scheduled rows -> padded, bucketed NumPy arrays."""
 
 from bisect import bisect_left
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jaxengine.engine.scheduler import Row
 from jaxengine.engine.sequence import Sequence, allowed_mask
-from jaxengine.step import Bucket, LogitWrite, MaskWrite, Mode, SlotWrite, StepInputs, packed_size, unpack
+from jaxengine.engine.slots import Rows, SlotTable, spread
+from jaxengine.step import MODES, Bucket, LogitWrite, MaskWrite, SlotWrite, StepInputs, packed_size, unpack
 
 
 def powers_of_two(smallest: int, largest: int) -> tuple[int, ...]:
@@ -48,169 +47,153 @@ class Buckets:
         return Bucket(0, rows, 0, self.groups, 0)
 
 
-def build_batch(rows: Seq[Row], buckets: Buckets, vocab_size: int) -> tuple[list[Row], StepInputs]:
+def build_batch(rows: Rows, table: SlotTable, buckets: Buckets, vocab_size: int) -> tuple[Rows, StepInputs]:
     """The step's inputs, and its rows in the order in which the outputs come: rows of one token first."""
-    rows = sorted(rows, key=lambda row: row.count > 1)
-    sampling = [row.sequence for row in rows if row.samples]
-    mode: Mode = "greedy"
-    if any(s.request.needs_everything for s in sampling):
-        mode = "everything"
-    elif any(not s.params.greedy for s in sampling):
-        mode = "sampled"
-    wants_prompt = [row for row in rows if _wants_prompt_logprobs(row)]
-    decode = len(sampling) == len(rows) and rows[-1].count == 1 and mode != "everything" and not wants_prompt
-    fresh = [row.sequence for row in rows if row.sequence.fresh_slot]
+    longest = rows.count.max()
+    if longest > 1:
+        rows = rows[np.argsort(rows.count > 1, kind="stable")]
+    sampling = rows.slots[rows.samples]
+    mode = MODES[table.mode[sampling].max(initial=0)]
+    wants_prompt = _wants_prompt_logprobs(rows, table)
+    decode = len(sampling) == len(rows) and longest == 1 and mode != "everything" and not wants_prompt.any()
+    fresh, edits = (table.uploaded == 0)[rows.slots], table.edits_logits[rows.slots]
     writes: dict[str, Any] = {
-        "slot_writes": [_slot_write(sequence) for sequence in fresh],
-        "logit_writes": [_logit_write(s, vocab_size) for s in fresh if s.request.edits_logits],
-        "mask_writes": _mask_writes(rows, vocab_size),
+        "slot_writes": [_slot_write(table, slot) for slot in rows.slots[fresh].tolist()],
+        "logit_writes": [_logit_write(table, slot, vocab_size) for slot in rows.slots[fresh & edits].tolist()],
+        "mask_writes": _mask_writes(rows.slots[rows.samples & edits & ~fresh].tolist(), table, vocab_size),
     }
-    for sequence in fresh:
-        sequence.fresh_slot = False
     if decode:
         bucket = buckets.decode(len(rows))
-        return rows, StepInputs("decode", bucket, _pack_decode(rows, bucket, buckets.max_num_seqs), mode, **writes)
-    bucket = buckets.mixed(sum(row.count for row in rows))
-    packed, targets = _pack_mixed(rows, bucket, buckets)
-    whole = {row for row in wants_prompt if row.sequence.params.prompt_logprobs == -1}
-    spans = [span for row, span in _spans(rows) if row in whole]
-    head = buckets.head(len(sampling)) if sampling else None
+        return rows, StepInputs("decode", bucket, _pack_decode(rows, table, bucket, buckets), mode, **writes)
+    bucket = buckets.mixed(int(rows.count.sum()))
+    packed, targets = _pack_mixed(rows, table, bucket, buckets, wants_prompt)
+    end = np.cumsum(rows.count)
+    spans = [
+        (int(end[i] - rows.count[i]), int(end[i]))
+        for i in np.flatnonzero(wants_prompt)
+        if table.sequence[rows.slots[i]].params.prompt_logprobs == -1
+    ]
+    head = buckets.head(len(sampling)) if len(sampling) else None
     return rows, StepInputs(
         "mixed", bucket, packed, mode, head, _pack_head(rows, head, buckets.max_num_seqs) if head else None,
-        prompt_targets=targets if wants_prompt else None,
+        prompt_targets=targets if wants_prompt.any() else None,
         prompt_vocab_spans=spans,
-        whole_vocab=any(s.params.logprobs == -1 for s in sampling),
+        whole_vocab=mode == "everything" and any(s.params.logprobs == -1 for s in table.sequence[sampling]),
         **writes,
     )  # fmt: skip
 
 
-def _token(row: Row, position: int) -> int:
-    tokens = row.sequence.tokens
-    return tokens[position] if position < len(tokens) else -1  # still on the device: the slot's last token
-
-
-def _spans(rows: Seq[Row]) -> Iterator[tuple[Row, tuple[int, int]]]:
-    start = 0
-    for row in rows:
-        yield row, (start, start + row.count)
-        start += row.count
-
-
-def _pack_decode(rows: Seq[Row], bucket: Bucket, null_slot: int) -> np.ndarray:
+def _pack_decode(rows: Rows, table: SlotTable, bucket: Bucket, buckets: Buckets) -> np.ndarray:
     packed = np.zeros(packed_size("decode", bucket), np.int32)
     fields, count = unpack("decode", bucket, packed), len(rows)
-    fields["slots"][:] = null_slot
-    fields["tokens"][:count] = [_token(row, row.start) for row in rows]
-    fields["slots"][:count] = [row.sequence.slot for row in rows]
-    fields["lengths"][:count] = [row.start + 1 for row in rows]
-    _page_updates(rows, fields["page_updates"], null_slot)
+    fields["slots"][:] = buckets.max_num_seqs
+    fields["tokens"][:count] = table.known(rows.slots, rows.start)
+    fields["slots"][:count] = rows.slots
+    fields["lengths"][:count] = rows.start + 1
+    _page_updates(rows, table, fields["page_updates"], buckets.max_num_seqs)
     return packed
 
 
-def _pack_mixed(rows: Seq[Row], bucket: Bucket, buckets: Buckets) -> tuple[np.ndarray, np.ndarray]:
+def _pack_mixed(
+    rows: Rows, table: SlotTable, bucket: Bucket, buckets: Buckets, wants_prompt: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     packed = np.zeros(packed_size("mixed", bucket), np.int32)
     fields, targets = unpack("mixed", bucket, packed), np.zeros(bucket.tokens, np.int32)
     fields["token_row"][:] = fields["block_row"][:] = -1
     fields["slots"][:] = buckets.max_num_seqs
-    block = sampled = 0
-    for i, (row, (start, end)) in enumerate(_spans(rows)):
-        known = row.sequence.tokens[row.start : row.start + row.count]
-        fields["tokens"][start:end] = known or -1
-        fields["positions"][start:end] = np.arange(row.start, row.start + row.count)
-        fields["token_row"][start:end] = i
-        fields["slots"][i], fields["lengths"][i] = row.sequence.slot, row.start + row.count
-        fields["q_start"][i], fields["q_len"][i] = start, row.count
-        if row.count > 1:
-            starts = np.arange(start, end, buckets.block_q)
-            fields["block_row"][block : block + len(starts)] = i
-            fields["block_start"][block : block + len(starts)] = starts
-            block += len(starts)
-        if row.samples:
-            fields["logit_index"][sampled] = end - 1
-            sampled += 1
-        if _wants_prompt_logprobs(row):
-            following = row.sequence.tokens[row.start + 1 : row.start + row.count + 1]
-            targets[start : start + len(following)] = following
-    _page_updates(rows, fields["page_updates"], buckets.max_num_seqs)
+    count, end = len(rows), np.cumsum(rows.count)
+    positions, row = spread(rows.start, rows.count)
+    fields["tokens"][: len(row)] = table.known(rows.slots[row], positions)
+    fields["positions"][: len(row)], fields["token_row"][: len(row)] = positions, row
+    fields["slots"][:count], fields["lengths"][:count] = rows.slots, rows.start + rows.count
+    fields["q_start"][:count], fields["q_len"][:count] = end - rows.count, rows.count
+    blocks = np.where(rows.count > 1, -(-rows.count // buckets.block_q), 0)
+    number, row = spread(np.zeros(count, int), blocks)
+    fields["block_row"][: len(row)] = row
+    fields["block_start"][: len(row)] = (end - rows.count)[row] + number * buckets.block_q
+    fields["logit_index"][: np.count_nonzero(rows.samples)] = end[rows.samples] - 1
+    for i in np.flatnonzero(wants_prompt):
+        following = table.sequence[rows.slots[i]].tokens[rows.start[i] + 1 :][: rows.count[i]]
+        targets[end[i] - rows.count[i] :][: len(following)] = following
+    _page_updates(rows, table, fields["page_updates"], buckets.max_num_seqs)
     return packed, targets
 
 
-def _pack_head(rows: Seq[Row], bucket: Bucket, null_slot: int) -> np.ndarray:
+def _pack_head(rows: Rows, bucket: Bucket, null_slot: int) -> np.ndarray:
     packed = np.zeros(packed_size("head", bucket), np.int32)
-    fields, sampling = unpack("head", bucket, packed), [row for row in rows if row.samples]
+    fields, sampling = unpack("head", bucket, packed), rows[rows.samples]
     fields["slots"][:] = null_slot
-    fields["slots"][: len(sampling)] = [row.sequence.slot for row in sampling]
-    fields["positions"][: len(sampling)] = [row.start + row.count for row in sampling]
+    fields["slots"][: len(sampling)] = sampling.slots
+    fields["positions"][: len(sampling)] = sampling.start + sampling.count
     return packed
 
 
-def _page_updates(rows: Seq[Row], updates: np.ndarray, null_slot: int) -> None:
+def _page_updates(rows: Rows, table: SlotTable, updates: np.ndarray, null_slot: int) -> None:
     """The columns of each row's page table that the device does not have yet; padding goes to the null slot."""
     updates[:, :, 0] = null_slot
-    for g in range(len(updates)):
-        entries = []
-        for row in rows:
-            sequence = row.sequence
-            pages, start = sequence.pages[g], sequence.uploaded[g]
-            if start < len(pages):
-                entries += [(sequence.slot, column, pages[column]) for column in range(start, len(pages))]
-                sequence.uploaded[g] = len(pages)
-        if entries:
-            updates[g, : len(entries)] = entries
+    slots = rows.slots[(table.uploaded < table.columns)[rows.slots]]
+    uploaded, columns = table.uploaded[slots], table.columns[slots]
+    column, row = spread(uploaded, columns - uploaded)
+    updates[:, : len(row), 0], updates[:, : len(row), 1] = slots[row], column
+    updates[:, : len(row), 2] = table.pages[:, slots[row], column]
+    table.uploaded[slots] = columns
 
 
-def _slot_write(sequence: Sequence) -> SlotWrite:
+def _slot_write(table: SlotTable, slot: int) -> SlotWrite:
     """The pages that a fresh slot starts with; `_page_updates` has nothing to add for them."""
+    sequence: Sequence = table.sequence[slot]
     params, seed = sequence.params, sequence.request.seed & (2**64 - 1)
-    sequence.uploaded = [len(pages) for pages in sequence.pages]
     words = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32)
+    table.uploaded[slot] = table.columns[slot]
     return SlotWrite(
-        sequence.slot,  # type: ignore[arg-type]
+        slot,
         (params.top_k, int(words[0]), int(words[1]), sequence.index, int(sequence.request.edits_logits)),
         (params.temperature, params.top_p, params.min_p, params.presence_penalty, params.frequency_penalty,
          params.repetition_penalty),
-        [list(pages) for pages in sequence.pages],
+        table.pages[:, slot, : table.columns[slot]].tolist(),
     )  # fmt: skip
 
 
-def _logit_write(sequence: Sequence, vocab_size: int) -> LogitWrite:
-    mask, sequence.banned = _mask(sequence, vocab_size)
-    tokens = np.asarray(sequence.tokens, np.int32)
-    return LogitWrite(sequence.slot, tokens, sequence.num_prompt, mask, sequence.params.logit_bias or {})  # type: ignore[arg-type]
+def _logit_write(table: SlotTable, slot: int, vocab_size: int) -> LogitWrite:
+    sequence: Sequence = table.sequence[slot]
+    mask, sequence.banned = _mask(sequence, table.in_flight(slot), vocab_size)
+    return LogitWrite(slot, sequence.tokens, sequence.num_prompt, mask, sequence.params.logit_bias or {})
 
 
-def _mask_writes(rows: Seq[Row], vocab_size: int) -> list[MaskWrite]:
+def _mask_writes(slots: Seq[int], table: SlotTable, vocab_size: int) -> list[MaskWrite]:
     """Masks that differ from what the slot has: a bad word's beginning was drawn, or min_tokens are reached."""
     writes = []
-    for row in rows:
-        sequence = row.sequence
-        if row.samples and not sequence.fresh_slot and sequence.request.edits_logits:
-            banned = banned_tokens(sequence)
-            if banned != sequence.banned:
-                mask, sequence.banned = _mask(sequence, vocab_size)
-                writes.append(MaskWrite(sequence.slot, mask))  # type: ignore[arg-type]
+    for slot in slots:
+        sequence, in_flight = table.sequence[slot], table.in_flight(slot)
+        if banned_tokens(sequence, in_flight) != sequence.banned:
+            mask, sequence.banned = _mask(sequence, in_flight, vocab_size)
+            writes.append(MaskWrite(slot, mask))
     return writes
 
 
-def _mask(sequence: Sequence, vocab_size: int) -> tuple[np.ndarray, frozenset[int]]:
-    banned = banned_tokens(sequence)
+def _mask(sequence: Sequence, in_flight: int, vocab_size: int) -> tuple[np.ndarray, frozenset[int]]:
+    banned = banned_tokens(sequence, in_flight)
     return allowed_mask(sequence.params.allowed_token_ids, sorted(banned), vocab_size), banned
 
 
-def banned_tokens(sequence: Sequence) -> frozenset[int]:
+def banned_tokens(sequence: Sequence, in_flight: int) -> frozenset[int]:
     """Tokens that the sequence's next draw may not be: ends before min_tokens, and ends of bad words."""
     request = sequence.request
     banned: set[int] = set()
-    if sequence.num_output + sequence.in_flight - 1 < sequence.params.min_tokens:  # this step's draw is in in_flight
+    if sequence.num_output + in_flight - 1 < sequence.params.min_tokens:  # this step's draw is in in_flight
         banned |= request.stop_token_ids
     for word in request.bad_word_ids:
         prefix = word[:-1]
-        if not prefix or sequence.tokens[-len(prefix) :] == prefix:
+        if not prefix or sequence.tokens[-len(prefix) :].tolist() == prefix:
             banned.add(word[-1])
     return frozenset(banned)
 
 
-def _wants_prompt_logprobs(row: Row) -> bool:
-    """Does this row compute a hidden state whose successor's log-probability is asked for and still missing?"""
-    position = row.sequence.next_prompt_logprob
-    return position is not None and row.start < row.sequence.num_prompt - 1 and row.start + row.count >= position
+def _wants_prompt_logprobs(rows: Rows, table: SlotTable) -> np.ndarray:
+    """Which rows compute a hidden state whose successor's log-probability is asked for and still missing?"""
+    wants = table.asks_prompt[rows.slots]
+    for i in wants.nonzero()[0]:
+        sequence, start = table.sequence[rows.slots[i]], rows.start[i]
+        position = sequence.next_prompt_logprob
+        wants[i] = position is not None and start < sequence.num_prompt - 1 and start + rows.count[i] >= position
+    return wants

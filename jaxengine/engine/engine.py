@@ -12,18 +12,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxengine.engine.batch import Buckets, build_batch
-from jaxengine.engine.scheduler import Row, Scheduler
+from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.sequence import Request, Sequence
+from jaxengine.engine.slots import Rows
 from jaxengine.errors import EngineError, RequestError
 from jaxengine.step import StepInputs, StepOutputs
 
 
 class TextSink(Protocol):
-    """Turns token ids into text and finds stop strings, for all rows of a step at once."""
+    """Turns token ids into text and finds stop strings, for several rows of a step at once."""
 
     def open(self, key: Any, prompt_ids: Seq[int], params: Any) -> None: ...
     def update(self, items: Seq[tuple[Any, Seq[int]]]) -> Seq[Any]: ...  # text_delta, stop, keep for each
-    def close(self, key: Any) -> str: ...  # text that was held back
+    def close(self, key: Any, ids: Seq[int]) -> str: ...  # text that was held back, and that of the last ids
 
 
 class Flight(Protocol):
@@ -39,16 +40,16 @@ class Runner(Protocol):
 class _Step:
     """A step on its way: its rows in output order."""
 
-    rows: list[Row]
+    rows: Rows
     flight: Flight
     vocab_spans: Seq[tuple[int, int]]  # tokens whose successors' whole distributions come back
 
 
 class _DeviceFailure(Exception):
-    """The device failed a step with these rows."""
+    """The device failed a step with these sequences."""
 
-    def __init__(self, rows: list[Row]):
-        self.rows = rows
+    def __init__(self, sequences: list[Sequence]):
+        self.sequences = sequences
 
 
 class Engine:
@@ -72,8 +73,9 @@ class Engine:
         self._deadlines: list[tuple[float, int, Request]] = []  # heap
         self._news: dict[Request, None] = {}  # to be returned by the next step
         self._torn = False  # true while a step changes the books: an exception in between leaves them unusable
-        self._committing: list[Row] = []
+        self._committing: Seq[Sequence] = ()
         self._dead: Exception | None = None
+        self._enders = np.zeros(vocab_size, np.int32)  # by token: requests that it may stop
         self.prompt_tokens = self.generation_tokens = 0
         self.ended: Counter[str] = Counter()  # requests by finish reason, of n completions the first one's
 
@@ -99,10 +101,11 @@ class Engine:
             raise RequestError(f"request_id={request.request_id!r} is in use")
         self.check(request)
         request.queued_time = time.time()
-        request.sequences = [Sequence(request, i, list(request.prompt_token_ids)) for i in range(request.params.n)]
+        request.sequences = [Sequence(request, i) for i in range(request.params.n)]
         for sequence in request.sequences:
             self.sink.open(sequence, request.prompt_token_ids, request.params)
         self._requests[request.request_id] = request
+        self._enders[self._stop_ids(request)] += 1
         self.prompt_tokens += len(request.prompt_token_ids)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, id(request), request))
@@ -126,75 +129,89 @@ class Engine:
 
     def _start(self) -> bool:
         self._torn = True
-        rows = self.scheduler.schedule()
-        if rows:
+        rows, slots = self.scheduler.schedule(), self.scheduler.slots
+        if len(rows):
             now = time.time()
-            for row in rows:
-                if row.sequence.fresh_slot:
-                    row.sequence.request.scheduled_time = row.sequence.request.scheduled_time or now
-            rows, inputs = build_batch(rows, self.buckets, self.vocab_size)
+            for sequence in slots.sequence[rows.slots[slots.uploaded[rows.slots] == 0]]:
+                sequence.request.scheduled_time = sequence.request.scheduled_time or now
+            rows, inputs = build_batch(rows, slots, self.buckets, self.vocab_size)
             with self._device(rows):
                 flight = self.runner.submit(inputs)
             self._steps.append(_Step(rows, flight, inputs.prompt_vocab_spans))
         self._torn = False
-        return bool(rows)
+        return len(rows) > 0
 
     def _commit(self, step: _Step) -> None:
         """The only place that writes back what the device computed."""
-        with self._device(step.rows):
+        rows, slots = step.rows, self.scheduler.slots
+        with self._device(rows):
             outputs = step.flight.result()
-        self._torn, self._committing = True, step.rows
+        self._torn, self._committing = True, slots.sequence[rows.slots]
         self._steps.popleft()
-        whole = {start: part for (start, _), part in zip(step.vocab_spans, outputs.prompt_vocab, strict=True)}
-        drawn: list[tuple[Sequence, list[int]]] = []
-        tokens, count = outputs.tokens.tolist(), outputs.count.tolist()
-        start = sampled = 0
         now = time.time()
-        for row in step.rows:
-            sequence = row.sequence
-            if sequence.finish_reason is None:
-                if outputs.prompt is not None:
-                    _keep_prompt_logprobs(row, start, outputs.prompt, whole.get(start))
-                if row.samples:
-                    ids = tokens[sampled][: count[sampled]]
-                    _accept(sequence, ids, outputs, sampled, now)
-                    drawn.append((sequence, ids))
-            start += row.count
-            sampled += row.samples
-            self.scheduler.land(row)
-        self.generation_tokens += sum(len(ids) for _, ids in drawn)
-        self._apply_stops(drawn)
-        for sequence, _ in drawn:
-            if sequence.finish_reason is not None:
+        if outputs.prompt is not None:
+            self._keep_prompt_logprobs(step, outputs)
+        assert outputs.tokens.shape[1] == 1
+        sampled = rows.slots[rows.samples]
+        index = slots.live[sampled].nonzero()[0]  # what others drew after their end is dropped
+        drawn, tokens = sampled[index], outputs.tokens[:, 0][index]
+        slots.append(drawn, tokens, now)
+        self.generation_tokens += len(drawn)
+        self.scheduler.land(rows)
+        notable = (slots.attended | (slots.num_tokens >= slots.end))[drawn] | (self._enders[tokens] > 0)
+        drawn, noted = drawn[notable], slots.sequence[drawn[notable]].tolist()
+        slots.attended[drawn] = slots.followed[drawn]
+        for sequence, i in zip(noted, index[notable].tolist(), strict=True):
+            request = sequence.request
+            request.first_token_time, request.last_token_time = request.first_token_time or now, now
+            if request.params.logprobs is not None:
+                _keep_logprobs(sequence, outputs, i)
+        self._apply_stops(noted, tokens[notable].tolist())
+        for sequence in noted:
+            if sequence.finished:
                 self._report(sequence.request)
             elif sequence.request.watched:
                 self._news[sequence.request] = None
-        self._torn, self._committing = False, []
+        self._torn, self._committing = False, ()
 
-    def _apply_stops(self, drawn: list[tuple[Sequence, list[int]]]) -> None:
+    def _apply_stops(self, drawn: list[Sequence], tokens: list[int]) -> None:
         """Ends the sequences that drew a stop token or a stop string, or that have all their tokens."""
-        stops = [self._stop_token(sequence) for sequence, _ in drawn]
-        shown = [
-            (sequence, ids if stop is None or sequence.params.include_stop_str_in_output else ids[:-1])
-            for (sequence, ids), stop in zip(drawn, stops, strict=True)
-        ]
-        for (sequence, ids), stop, update in zip(drawn, stops, self.sink.update(shown), strict=True):
-            sequence.text += update.text_delta
-            if update.stop is not None:
-                del sequence.tokens[len(sequence.tokens) - len(ids) + update.keep :]
+        stops = {
+            sequence: token if _stops(sequence, token) else None for sequence, token in zip(drawn, tokens, strict=True)
+        }
+        before = {sequence: sequence.num_read for sequence in drawn if sequence.request.needs_text}
+        updates = self.sink.update([(sequence, sequence.read(stops[sequence] is not None)) for sequence in before])
+        found = dict(zip(before, updates, strict=True))
+        for sequence, stop in stops.items():
+            update = found.get(sequence)
+            if update is not None:
+                sequence.text += update.text_delta
+            if update is not None and update.stop is not None:
+                sequence.keep_output(before[sequence] + update.keep)
                 self._finish(sequence, "stop", update.stop)
             elif stop is not None:
                 self._finish(sequence, "stop", None if stop in sequence.request.eos_token_ids else stop)
             elif sequence.num_output >= sequence.request.max_tokens:
                 self._finish(sequence, "length")
 
-    def _stop_token(self, sequence: Sequence) -> int | None:
-        last, request = sequence.tokens[-1], sequence.request
-        return last if last in request.stop_token_ids and sequence.num_output >= request.params.min_tokens else None
+    def _stop_ids(self, request: Request) -> list[int]:
+        return [token for token in request.stop_token_ids if token < self.vocab_size]
+
+    def _keep_prompt_logprobs(self, step: _Step, outputs: StepOutputs) -> None:
+        assert outputs.prompt is not None
+        rows, slots = step.rows, self.scheduler.slots
+        whole = {start: part for (start, _), part in zip(step.vocab_spans, outputs.prompt_vocab, strict=True)}
+        asking = slots.live[rows.slots] & slots.asks_prompt[rows.slots]
+        first = np.cumsum(rows.count) - rows.count
+        columns = (rows.slots, first, rows.start, rows.count)
+        for slot, i, start, count in zip(*(column[asking].tolist() for column in columns), strict=True):
+            sequence = slots.sequence[slot]
+            _keep_prompt_logprobs(sequence, start, count, [part[i:] for part in outputs.prompt], whole.get(i))
+            slots.asks_prompt[slot] = sequence.next_prompt_logprob is not None
 
     def _finish(self, sequence: Sequence, reason: str, stop: int | str | None = None) -> None:
         if not sequence.finished:
-            sequence.text += self.sink.close(sequence)
+            sequence.text += self.sink.close(sequence, sequence.read(stopped=reason == "stop"))
             self.scheduler.finish(sequence, reason, stop)
 
     def _report(self, request: Request) -> None:
@@ -202,6 +219,7 @@ class Engine:
             self._news[request] = None
         if request.finished and self._requests.get(request.request_id) is request:
             del self._requests[request.request_id]
+            self._enders[self._stop_ids(request)] -= 1
             self.ended[str(request.sequences[0].finish_reason)] += 1
 
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
@@ -249,12 +267,12 @@ class Engine:
     # -- failures
 
     @contextmanager
-    def _device(self, rows: list[Row]) -> Iterator[None]:
+    def _device(self, rows: Rows) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             if self.is_device_error(error):
-                raise _DeviceFailure(rows) from error
+                raise _DeviceFailure(self.scheduler.slots.sequence[rows.slots].tolist()) from error
             raise
 
     def _recover(self, failure: _DeviceFailure) -> None:
@@ -262,10 +280,10 @@ class Engine:
 
         The requests of that step are tried once more; when they fail again they end with the error.
         """
-        for sequence in dict.fromkeys(row.sequence for row in failure.rows):
+        for sequence in failure.sequences:
             sequence.failures += 1
         self._restart()
-        for request in dict.fromkeys(row.sequence.request for row in failure.rows):
+        for request in dict.fromkeys(sequence.request for sequence in failure.sequences):
             if not request.finished and any(s.failures > 1 for s in request.sequences):
                 error = EngineError(f"the device failed twice on request {request.request_id!r}: {failure.__cause__}")
                 error.__cause__ = failure.__cause__
@@ -284,13 +302,13 @@ class Engine:
                 lost = EngineError(f"the device is lost, request {request.request_id!r} with it: {error}")
                 lost.__cause__ = error
                 self._end(request, "error", lost)
-        self._torn, self._committing = False, []
+        self._torn, self._committing = False, ()
 
     def _mend(self) -> None:
         """Puts in order what an exception in the middle of a step left behind; a half-committed step's requests end."""
         if not self._torn:
             return
-        torn = dict.fromkeys(row.sequence.request for row in self._committing)
+        torn = dict.fromkeys(sequence.request for sequence in self._committing)
         self._restart()
         for request in torn:
             if not request.finished:
@@ -305,36 +323,34 @@ class Engine:
         assert all(not request.finished for request in self._requests.values())
 
 
-def _accept(sequence: Sequence, ids: list[int], outputs: StepOutputs, i: int, now: float) -> None:
-    sequence.tokens += ids
-    sequence.in_flight -= 1
-    request = sequence.request
-    if request.first_token_time is None:
-        request.first_token_time = now
-    request.last_token_time = now
-    wanted = request.params.logprobs
-    if wanted is not None:
-        assert outputs.logprob is not None and outputs.rank is not None
-        assert outputs.top_ids is not None and outputs.top_logprobs is not None
-        logprob = float(outputs.logprob[i])
-        sequence.cumulative_logprob += logprob
-        if wanted == -1:
-            assert outputs.vocab_logprobs is not None
-            top = _ranked(outputs.vocab_logprobs[i])
-        else:  # copies: a view would keep the whole step's
-            top = outputs.top_ids[i, :wanted].copy(), outputs.top_logprobs[i, :wanted].copy()
-        sequence.logprobs.append((logprob, int(outputs.rank[i]), *top))
+def _stops(sequence: Sequence, token: int) -> bool:
+    return token in sequence.request.stop_token_ids and sequence.num_output >= sequence.params.min_tokens
 
 
-def _keep_prompt_logprobs(row: Row, start: int, prompt: tuple[np.ndarray, ...], whole: np.ndarray | None) -> None:
-    """The row's hidden state at position p gives the log-probability of the prompt's token at p + 1."""
-    sequence = row.sequence
+def _keep_logprobs(sequence: Sequence, outputs: StepOutputs, i: int) -> None:
+    wanted = sequence.params.logprobs
+    assert outputs.logprob is not None and outputs.rank is not None
+    assert outputs.top_ids is not None and outputs.top_logprobs is not None
+    logprob = float(outputs.logprob[i])
+    sequence.cumulative_logprob += logprob
+    if wanted == -1:
+        assert outputs.vocab_logprobs is not None
+        top = _ranked(outputs.vocab_logprobs[i])
+    else:  # copies: a view would keep the whole step's
+        top = outputs.top_ids[i, :wanted].copy(), outputs.top_logprobs[i, :wanted].copy()
+    sequence.logprobs.append((logprob, int(outputs.rank[i]), *top))
+
+
+def _keep_prompt_logprobs(
+    sequence: Sequence, start: int, computed: int, prompt: Seq[np.ndarray], whole: np.ndarray | None
+) -> None:
+    """The hidden state at position p, `start` the first of those computed, gives the prompt's token at p + 1."""
     first, wanted = sequence.next_prompt_logprob, sequence.params.prompt_logprobs
-    count = 0 if first is None else min(row.start + row.count + 1, sequence.num_prompt) - first
+    count = 0 if first is None else min(start + computed + 1, sequence.num_prompt) - first
     if first is None or count <= 0:
         return
-    offset = first - 1 - row.start
-    logprob, rank, top_ids, top_logprobs = (part[start + offset : start + offset + count] for part in prompt)
+    offset = first - 1 - start
+    logprob, rank, top_ids, top_logprobs = (part[offset : offset + count] for part in prompt)
     if whole is None:
         best = zip(top_ids[:, :wanted].copy(), top_logprobs[:, :wanted].copy(), strict=True)
     else:

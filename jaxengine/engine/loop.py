@@ -98,7 +98,7 @@ class EngineLoop:
     def _fail(self, request: Request, error: JaxEngineError | None) -> None:
         request.error = error
         if not request.sequences:  # it was never admitted
-            request.sequences = [Sequence(request, i, list(request.prompt_token_ids)) for i in range(request.params.n)]
+            request.sequences = [Sequence(request, i) for i in range(request.params.n)]
         for sequence in request.sequences:
             sequence.finish_reason = sequence.finish_reason or "error"
         self._tell([request])

@@ -1,4 +1,4 @@
-"""Pages of one cache group: reference counts, prefix hashes, least-recently-used eviction. Plain Python.
+"""Pages of one cache group: reference counts, prefix hashes, least-recently-used eviction.
 
 A page is *used* (some sequence refers to it), *cached* (nobody does, but its content has a hash and may be used again)
 or *free*. Allocation takes free pages first, then evicts the cached page that was let go longest ago.
@@ -10,15 +10,16 @@ or *free*. Allocation takes free pages first, then evicts the cached page that w
                       cached ── evicted by allocate ──▶ used
 """
 
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from hashlib import blake2b
 
+import numpy as np
 
-def page_hash(parent: bytes, tokens: Sequence[int], extra: bytes) -> bytes:
+
+def page_hash(parent: bytes, tokens: np.ndarray, extra: bytes) -> bytes:
     """The hash of a page's content and of all that came before it: hash(parent, tokens, extra)."""
-    return blake2b(parent + extra + array("I", tokens).tobytes(), digest_size=16).digest()
+    return blake2b(parent + extra + tokens.tobytes(), digest_size=16).digest()
 
 
 class PagePool:

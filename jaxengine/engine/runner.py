@@ -33,10 +33,10 @@ from jaxengine.sampling import (
 )
 from jaxengine.sharding import named_sharding
 from jaxengine.step import (
+    MODES,
     SLOT_FLOATS,
     SLOT_INTS,
     LogitWrite,
-    Mode,
     SlotWrite,
     StepInputs,
     StepOutputs,
@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 PROMPT_CHUNK = 128  # prompt tokens whose logits exist at a time
 SLOT_BATCH = 8  # slots written by one call
 CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
-MODES: tuple[Mode, ...] = ("greedy", "sampled", "everything")
 
 
 class Slots(NamedTuple):

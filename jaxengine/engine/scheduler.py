@@ -2,27 +2,19 @@
 
 import heapq
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from operator import attrgetter
+
+import numpy as np
 
 from jaxengine.engine.page_pool import PagePool, page_hash
 from jaxengine.engine.sequence import Request, Sequence
+from jaxengine.engine.slots import Rows, SlotTable, spread
 from jaxengine.errors import ConfigError
 from jaxengine.kv_cache import CacheGroup
 
 MAX_DEFERRED = 64  # waiting sequences that one step finds to share a prefix that is being computed: each is hashed
-
-
-@dataclass(eq=False, slots=True)
-class Row:
-    """`count` tokens of a sequence from `start` on; `samples` when they reach its end, so that a new token is drawn."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool
 
 
 class Scheduler:
@@ -41,6 +33,7 @@ class Scheduler:
         page_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_model_len: int,
         enable_prefix_caching: bool = True,
         priority_aging_steps: int = 256,
     ):
@@ -51,30 +44,34 @@ class Scheduler:
         self.groups, self.num_pages, self.max_num_seqs = groups, num_pages, max_num_seqs
         self._windowed = [(g, group) for g, group in enumerate(groups) if group.window is not None]
         self.page_size, self.max_num_batched_tokens = page_size, max_num_batched_tokens
+        self.max_model_len = max_model_len
         self.enable_prefix_caching, self.priority_aging_steps = enable_prefix_caching, priority_aging_steps
         self.weight_version = 0  # who changes it calls `reset_prefix_cache` next
         self._steps = self._arrivals = 0
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0
         self.restart(())
 
-    def restart(self, sequences: Iterable[Sequence]) -> None:
+    def restart(self, sequences: Seq[Sequence]) -> None:
         """Forgets pages, slots and flights, whatever state they are in: these sequences wait, and nothing runs."""
+        for sequence in sequences:
+            sequence.leave()
         self.pools = [PagePool(count) for count in self.num_pages]
+        self.slots = SlotTable(self.max_num_seqs, len(self.groups), self.max_model_len, self.page_size)
         self.running: list[Sequence] = []  # by rank
-        self.draining: list[Sequence] = []  # finished, but named by a flight
+        self.draining: set[int] = set()  # slots whose sequence is finished, but which a flight names
+        self._ranked: np.ndarray | None = None  # the slots of `running`; None: they have changed
         self.num_waiting = 0
         self._waiting: list[tuple[tuple, Sequence]] = []  # heap by rank; finished ones are passed over
-        self._slots = list(range(self.max_num_seqs - 1, -1, -1))
         self._computing: dict[bytes, Sequence] = {}  # prompt pages that a running sequence is computing just now
         self._deferred: dict[bytes, list[Sequence]] = {}  # waiting, by the page they wait for, one of these
         for sequence in sequences:
-            sequence.clear()
             self._wait(sequence)
 
     # -- arrivals and departures
 
     def add(self, request: Request) -> None:
         """Queues every sequence of the request. One unit of priority outweighs `priority_aging_steps` of waiting."""
+        assert len(request.prompt_token_ids) + request.max_tokens <= self.max_model_len
         request.rank = (request.priority * self.priority_aging_steps + self._steps, self._arrivals)
         self._arrivals += 1
         for sequence in request.sequences:
@@ -92,10 +89,11 @@ class Scheduler:
         if sequence.slot is None:
             self.num_waiting -= 1
             return
-        self._stop_computing(sequence)
-        self.running.remove(sequence)
-        self.draining.append(sequence)
-        self._free_if_landed(sequence)
+        slot = self._leave(sequence)
+        if self.slots.flights[slot]:
+            self.draining.add(slot)
+        else:
+            self._free(slot)
 
     @property
     def has_work(self) -> bool:
@@ -113,84 +111,110 @@ class Scheduler:
 
     # -- one step
 
-    def schedule(self) -> list[Row]:
+    def schedule(self) -> Rows:
         """The rows of the next step; empty when nothing can run before a flight lands."""
         self._steps += 1
-        rows: list[Row] = []
-        budget = self.max_num_batched_tokens - sum(s.num_to_compute == 1 for s in self.running)
-        for sequence in list(self.running):
-            if sequence.slot is None or not self._may_step(sequence):
-                continue
-            count = sequence.num_to_compute
-            if count > 1:
-                count = min(count, budget)
-                budget -= count
-            if count:
-                if not self._reserve(sequence, count):
-                    return rows  # the lower ranks land first, then they can be preempted
-                rows.append(self._advance(sequence, count))
-        rows.extend(self._advance(*admitted) for admitted in self._admissions(budget))
-        return rows
+        table, slots = self.slots, self._slots_by_rank()
+        missing = (table.num_drawn - table.num_computed)[slots]  # tokens to compute, one at least
+        room = (table.columns * self.page_size - table.num_computed)[slots]
+        waits = table.needs_last_token & (table.num_drawn > table.num_tokens)
+        count = missing.copy()
+        count[(waits | (table.num_drawn >= table.end))[slots]] = 0
+        chunks = (missing > 1).nonzero()[0]
+        budget = self.max_num_batched_tokens - (len(slots) - len(chunks))
+        for i in chunks:
+            count[i] = min(missing[i], budget)
+            budget -= int(count[i])
+        number = self._reserve(slots, count - room)
+        runs = count[:number].nonzero()[0]
+        chosen, tokens = slots[runs], count[runs]
+        if number == len(self.running):  # else the lower ranks land first, then they can be preempted
+            for i in chunks[chunks >= number]:  # who is preempted now
+                budget += int(count[i])
+            if admitted := list(self._admissions(budget)):
+                chosen = np.append(chosen, [slot for slot, _ in admitted])
+                tokens = np.append(tokens, [count for _, count in admitted])
+        return self._advance(chosen, tokens)
 
-    def _may_step(self, sequence: Sequence) -> bool:
-        request = sequence.request
-        if len(sequence.tokens) + sequence.in_flight - sequence.num_prompt >= request.max_tokens:
-            return False  # all its tokens are drawn
-        return not (sequence.in_flight and request.needs_last_token)
+    def _slots_by_rank(self) -> np.ndarray:
+        if self._ranked is None:
+            self._ranked = np.array([sequence.slot for sequence in self.running], int)
+        return self._ranked
 
-    def _advance(self, sequence: Sequence, count: int) -> Row:
-        row = Row(sequence, sequence.num_computed, count, count == sequence.num_to_compute)
-        sequence.num_computed += count
-        sequence.in_flight += row.samples
-        sequence.flights += 1
-        return row
+    def _advance(self, slots: np.ndarray, count: np.ndarray) -> Rows:
+        table = self.slots
+        start, drawn = table.num_computed[slots], table.num_drawn[slots]
+        end = start + count
+        samples = end == drawn
+        table.num_computed[slots] = end
+        table.num_drawn[slots] = drawn + samples
+        table.flights[slots] += 1
+        return Rows(slots, start, count, samples)
 
-    def _reserve(self, sequence: Sequence, count: int) -> bool:
-        """Pages for `count` more tokens, taken from the lowest ranks if need be; False: not before a flight lands."""
-        while not self._allocate(sequence, count):
-            victim = self.running[-1]
-            if victim is sequence or victim.flights:
-                return False
-            self._preempt(victim)
-        return True
+    def _reserve(self, slots: np.ndarray, tokens: np.ndarray) -> int:
+        """Pages for so many more tokens of the slots by rank, taken from the lowest ranks if need be.
 
-    def _allocate(self, sequence: Sequence, count: int, spare: int = 0) -> bool:
-        columns = -(-(sequence.num_computed + count) // self.page_size)
-        missing = columns - len(sequence.pages[0])  # the same in every group: pages behind a window keep their column
-        if missing <= 0:
-            return True
-        if any(missing + spare > pool.num_free for pool in self.pools):
-            return False
-        for pages, pool in zip(sequence.pages, self.pools, strict=True):
-            pages.extend(pool.allocate(missing) or ())
-        return True
+        Returns how many of the slots may run: the others are preempted, or wait until a flight lands.
+        """
+        wanting = (tokens > 0).nonzero()[0]
+        while len(wanting):
+            columns = -(-tokens[wanting] // self.page_size)
+            fitting = np.count_nonzero(columns.cumsum() <= self._num_free)
+            self._allocate(slots[wanting[:fitting]], columns[:fitting])
+            wanting = wanting[fitting:]
+            if len(wanting):
+                victim = self.running[-1]
+                if wanting[0] == len(self.running) - 1 or self.slots.flights[victim.slot]:
+                    return int(wanting[0])
+                self._preempt(victim)
+                wanting = wanting[wanting < len(self.running)]
+        return len(self.running)
+
+    @property
+    def _num_free(self) -> int:
+        return min(pool.num_free for pool in self.pools)
+
+    def _allocate(self, slots: np.ndarray, columns: np.ndarray) -> None:
+        column, owner = spread(self.slots.columns[slots], columns)
+        for table, pool in zip(self.slots.pages, self.pools, strict=True):
+            pages = pool.allocate(len(owner))
+            assert pages is not None
+            table[slots[owner], column] = pages
+        self.slots.columns[slots] += columns
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue with nothing; its tokens are kept and computed again."""
-        self._stop_computing(sequence)
-        self.running.remove(sequence)
-        self._give_back(sequence)
+        self._free(self._leave(sequence))
         sequence.preemptions += 1
         self.num_preemptions += 1
         self._wait(sequence)
 
-    def _give_back(self, sequence: Sequence) -> None:
-        for pool, pages in zip(self.pools, sequence.pages, strict=True):
-            pool.release(pages)
-        assert sequence.slot is not None
-        self._slots.append(sequence.slot)
-        sequence.clear()
+    def _leave(self, sequence: Sequence) -> int:
+        slot = sequence.slot
+        assert slot is not None
+        self._stop_computing(sequence)
+        self.running.remove(sequence)
+        self._ranked = None
+        sequence.leave()
+        return slot
+
+    def _free(self, slot: int) -> None:
+        for pool, table in zip(self.pools, self.slots.pages, strict=True):
+            pool.release(table[slot, : self.slots.columns[slot]].tolist())
+        self.slots.columns[slot], self.slots.sequence[slot] = 0, None
+        self.slots.free.append(slot)
 
     # -- admission
 
-    def _admissions(self, budget: int) -> Iterator[tuple[Sequence, int]]:
+    def _admissions(self, budget: int) -> Iterator[tuple[int, int]]:
+        """(slot, tokens to compute) of each."""
         deferred = 0
-        while self._waiting and self._slots and budget > 0 and deferred < MAX_DEFERRED:
+        while self._waiting and self.slots.free and budget > 0 and deferred < MAX_DEFERRED:
             _, sequence = self._waiting[0]
             if sequence.finished:
                 heapq.heappop(self._waiting)
                 continue
-            if any(pool.num_free <= len(self.running) for pool in self.pools):
+            if self._num_free <= len(self.running):
                 break  # as `_take` would find, but before any page is looked up
             hit, limit = self._cached_pages(sequence)
             if awaited := self._computed_elsewhere(sequence, hit, limit):
@@ -204,31 +228,36 @@ class Scheduler:
             heapq.heappop(self._waiting)
             self.num_waiting -= 1
             budget -= count
-            yield sequence, count
+            assert sequence.slot is not None
+            yield sequence.slot, count
 
     def _take(self, sequence: Sequence, hit: int, budget: int) -> int:
         """Shares the first `hit` pages and allocates the rest of the first chunk; 0 when there is no room."""
         shared = [self._hit_pages(group, g, sequence, hit) for g, group in enumerate(self.groups)]
         for pool, pages in zip(self.pools, shared, strict=True):
             pool.share(pages)
-        sequence.pages, sequence.num_computed = shared, hit * self.page_size
-        count = min(sequence.num_to_compute, budget)
-        if not self._allocate(sequence, count, spare=len(self.running)):  # room for a page each: less preemption
+        num_cached = hit * self.page_size
+        count = min(sequence.num_tokens - num_cached, budget)
+        columns = -(-(num_cached + count) // self.page_size)
+        if columns - hit + len(self.running) > self._num_free:  # room for a page each: less preemption
             for pool, pages in zip(self.pools, shared, strict=True):
                 pool.release(pages)
-            sequence.pages, sequence.num_computed = [], 0
             return 0
-        sequence.slot, sequence.fresh_slot = self._slots.pop(), True
-        sequence.uploaded = [0] * len(self.groups)
-        sequence.num_committed, sequence.num_published = sequence.num_computed, hit
+        table, slot = self.slots, self.slots.free.pop()
+        for own, pages in zip(table.pages, shared, strict=True):
+            own[slot, :hit] = pages
+        table.columns[slot] = table.num_published[slot] = hit
+        self._allocate(np.array([slot]), np.array([columns - hit]))
+        sequence.enter(table, slot, num_cached)
         if sequence.preemptions == 0:
-            sequence.num_cached = sequence.num_computed
+            sequence.num_cached = num_cached
         if self.enable_prefix_caching:
-            self.prefix_queries += len(sequence.tokens)
-            self.prefix_hits += sequence.num_computed
+            self.prefix_queries += sequence.num_tokens
+            self.prefix_hits += num_cached
         for content in sequence.hashes[hit : sequence.num_prompt // self.page_size]:
             self._computing.setdefault(content, sequence)
         insort(self.running, sequence, key=attrgetter("rank"))
+        self._ranked = None
         return count
 
     # -- the prefix cache
@@ -237,7 +266,7 @@ class Scheduler:
         """How many leading pages lie in the cache, in every group that a next token would look at; how many may."""
         if not self._shares_pages(sequence):
             return 0, 0
-        limit = (len(sequence.tokens) - 1) // self.page_size  # the last token must be computed: it has the logits
+        limit = (sequence.num_tokens - 1) // self.page_size  # the last token must be computed: it has the logits
         self._hash(sequence, limit)
         if (position := sequence.next_prompt_logprob) is not None:
             limit = min(limit, (position - 1) // self.page_size)
@@ -284,13 +313,13 @@ class Scheduler:
             return
         salt = b"" if self.enable_prefix_caching else sequence.request.request_id.encode()
         extra = self.weight_version.to_bytes(8, "little") + sequence.request.cache_salt + salt
+        parent, tokens = sequence.hashes[-1] if sequence.hashes else bytes(16), sequence.tokens
         for i in range(len(sequence.hashes), count):
-            parent = sequence.hashes[-1] if sequence.hashes else bytes(16)
-            tokens = sequence.tokens[i * self.page_size : (i + 1) * self.page_size]
-            sequence.hashes.append(page_hash(parent, tokens, extra))
+            parent = page_hash(parent, tokens[i * self.page_size : (i + 1) * self.page_size], extra)
+            sequence.hashes.append(parent)
 
     def _stop_computing(self, sequence: Sequence) -> None:
-        for content in sequence.hashes[sequence.num_published : sequence.num_prompt // self.page_size]:
+        for content in sequence.hashes[self.slots.num_published[sequence.slot] : sequence.num_prompt // self.page_size]:
             self._computed(sequence, content)
 
     def _computed(self, sequence: Sequence, content: bytes) -> None:
@@ -311,48 +340,57 @@ class Scheduler:
 
     # -- landing
 
-    def land(self, row: Row) -> None:
-        """A step with this row has landed: publishes its full pages, gives back those behind the window."""
-        sequence = row.sequence
-        sequence.flights -= 1
-        if sequence.finished:
-            self._free_if_landed(sequence)
-            return
-        sequence.num_committed = row.start + row.count
-        full = sequence.num_committed // self.page_size
-        if full > sequence.num_published and self._shares_pages(sequence):
-            self._hash(sequence, full)
-            for i in range(sequence.num_published, full):
-                for pool, pages in zip(self.pools, sequence.pages, strict=True):
-                    if pages[i]:
-                        pool.publish(pages[i], sequence.hashes[i])
-                self._computed(sequence, sequence.hashes[i])
-            sequence.num_published = full
+    def land(self, rows: Rows) -> None:
+        """A step has landed: publishes its rows' full pages, gives back those behind a window."""
+        table, slots, committed = self.slots, rows.slots, rows.start + rows.count
+        table.flights[slots] -= 1
+        live = table.live[slots]
+        for slot in slots[~live].tolist():
+            if table.flights[slot] == 0:
+                self.draining.remove(slot)
+                self._free(slot)
+        filled = (live & (committed >= ((table.num_published + 1) * self.page_size)[slots])).nonzero()[0]
+        for slot, end in zip(slots[filled].tolist(), (committed[filled] // self.page_size).tolist(), strict=True):
+            self._publish(slot, end)
         for g, group in self._windowed:
-            pages = sequence.pages[g]
-            for i in reversed(range(self._first_visible_page(group, sequence.num_committed))):
-                if pages[i] == 0:
-                    break
-                self.pools[g].release([pages[i]])
-                pages[i] = 0
+            first, pages = np.maximum(committed - group.window + 1, 0) // self.page_size, table.pages[g]
+            behind = (live & (first > 0) & (pages[slots, first - 1] > 0)).nonzero()[0]
+            for slot, end in zip(slots[behind].tolist(), first[behind].tolist(), strict=True):
+                given_back = pages[slot, :end].nonzero()[0]
+                self.pools[g].release(pages[slot, given_back].tolist())
+                pages[slot, given_back] = 0
 
-    def _free_if_landed(self, sequence: Sequence) -> None:
-        if sequence.flights == 0:
-            self.draining.remove(sequence)
-            self._give_back(sequence)
+    def _publish(self, slot: int, end: int) -> None:
+        """Offers the slot's pages before this one to the prefix cache."""
+        table, sequence = self.slots, self.slots.sequence[slot]
+        first, table.num_published[slot] = table.num_published[slot], end
+        if self._shares_pages(sequence):
+            self._hash(sequence, end)
+            for i in range(first, end):
+                content = sequence.hashes[i]
+                for pool, page in zip(self.pools, table.pages[:, slot, i].tolist(), strict=True):
+                    if page:
+                        pool.publish(page, content)
+                self._computed(sequence, content)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a page, a slot or a sequence is lost, held twice, or counted wrongly."""
-        holders = self.running + self.draining
+        table, running = self.slots, self._slots_by_rank().tolist()
+        held = [*running, *self.draining]
         for g, pool in enumerate(self.pools):
-            pool.check_integrity(page for sequence in holders for page in sequence.pages[g])
-        assert sorted([*self._slots, *(s.slot for s in holders if s.slot is not None)]) == list(
-            range(self.max_num_seqs)
-        )
+            pool.check_integrity(page for slot in held for page in table.pages[g, slot, : table.columns[slot]].tolist())
+        assert sorted([*table.free, *held]) == list(range(self.max_num_seqs))
         assert self.running == sorted(self.running, key=attrgetter("rank"))
-        assert not any(s.finished for s in self.running) and all(s.finished and s.flights for s in self.draining)
+        assert running == [sequence.slot for sequence in self.running]
+        assert all(table.sequence[s.slot] is s and not s.finished for s in self.running)
+        assert all(table.sequence[slot].finished and table.flights[slot] for slot in self.draining)
+        assert sorted(np.flatnonzero(table.live).tolist()) == sorted(running)
+        for slot in running:
+            assert table.num_computed[slot] <= table.columns[slot] * self.page_size
+            assert table.num_computed[slot] < table.num_drawn[slot] <= table.end[slot]
+            assert 0 <= table.in_flight(slot) <= table.flights[slot]
         assert all(content in s.hashes and s in self.running for content, s in self._computing.items())
         assert self._deferred.keys() <= self._computing.keys()
         waiting = [s for _, s in self._waiting] + [s for deferred in self._deferred.values() for s in deferred]
-        assert len(set(waiting)) == len(waiting) and not any(s.slot is not None or s.pages for s in waiting)
+        assert len(set(waiting)) == len(waiting) and not any(s.slot is not None for s in waiting)
         assert self.num_waiting == sum(not s.finished for s in waiting), "a waiting sequence is lost"

@@ -8,60 +8,97 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxengine.engine.slots import SlotTable
 from jaxengine.request import SamplingParams
+from jaxengine.step import MODES, Mode
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Token ids and how many of them are computed. There is no prefill or decode state.
+    """Token ids, and how many of them are computed: there is no prefill or decode state.
 
-    tokens     [ prompt ............ | output ..... ] + in_flight (sampled, not yet seen by the host)
-    committed  ----------------------------->|          in the pages for certain
-    computed   -------------------------------->|       in the pages once every flight has landed
+    It has its tokens itself while it waits and when it has ended; while it runs they are in its slot, with all counts.
     """
 
     request: Request
     index: int  # among the request's n
-    tokens: list[int]
     params: SamplingParams = field(init=False)
     num_prompt: int = field(init=False)
-    num_computed: int = 0
-    num_committed: int = 0
-    in_flight: int = 0  # tokens sampled by steps that the host has not seen yet
-    flights: int = 0  # steps that name this sequence and have not landed
     slot: int | None = None
-    pages: list[list[int]] = field(default_factory=list)  # per cache group; 0 = behind the window, given back
-    uploaded: list[int] = field(default_factory=list)  # per cache group: columns of the table the device has
     hashes: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`, as far as they were needed
-    num_published: int = 0  # pages that were offered to the prefix cache
     num_cached: int = 0  # prompt tokens that came from the prefix cache when it was first admitted
-    fresh_slot: bool = False  # admitted since the last step was built: the slot must be written
     banned: frozenset[int] = frozenset()  # what the mask in its slot bans beside allowed_token_ids
     failures: int = 0  # steps with this sequence that the device failed
     preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     text: str = ""
+    num_read: int = 0  # output tokens that its text has, or will never have
     cumulative_logprob: float = 0.0
     logprobs: list[tuple] = field(default_factory=list)  # per output token: logprob, rank, top ids, top logprobs
     prompt_logprobs: list[tuple] = field(default_factory=list)  # per prompt position from the first one asked for
+    _table: SlotTable | None = None  # of its slot
+    _tokens: np.ndarray = field(init=False)
 
     def __post_init__(self):
         self.params, self.num_prompt = self.request.params, len(self.request.prompt_token_ids)
+        self._tokens = np.array(self.request.prompt_token_ids, np.int32)
 
-    def clear(self) -> None:
-        """Nothing of it is on the device any more; its tokens stay."""
-        self.slot, self.pages, self.uploaded, self.hashes = None, [], [], []
-        self.num_computed = self.num_committed = self.num_published = self.in_flight = self.flights = 0
+    def enter(self, table: SlotTable, slot: int, num_computed: int) -> None:
+        """Runs in this slot from now on; its pages hold `num_computed` tokens already."""
+        request, count = self.request, len(self._tokens)
+        table.tokens[slot, :count] = self._tokens
+        table.num_tokens[slot] = table.num_drawn[slot] = count
+        table.num_computed[slot] = num_computed
+        table.end[slot] = self.num_prompt + request.max_tokens
+        for counts in (table.flights, table.uploaded, table.last_token_time):
+            counts[slot] = 0
+        table.mode[slot] = MODES.index(request.mode)
+        table.needs_last_token[slot] = request.needs_last_token
+        table.edits_logits[slot] = request.edits_logits
+        table.asks_prompt[slot] = self.next_prompt_logprob is not None
+        table.followed[slot] = request.needs_text or self.params.logprobs is not None
+        table.attended[slot] = table.live[slot] = True
+        table.sequence[slot] = self
+        self.slot, self._table = slot, table
+
+    def leave(self) -> None:
+        """Runs no more and takes its tokens along; the slot may have to drain."""
+        if self._table is not None:
+            table, slot = self._table, self.slot
+            self._tokens, table.live[slot] = self.tokens.copy(), False
+            if last := float(table.last_token_time[slot]):
+                self.request.last_token_time = max(last, self.request.last_token_time or last)
+        self._table, self.slot, self.hashes = None, None, []
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32: prompt, then output; not to be written to."""
+        table = self._table
+        return self._tokens if table is None else table.tokens[self.slot, : table.num_tokens[self.slot]]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens) if self._table is None else int(self._table.num_tokens[self.slot])
 
     @property
     def num_output(self) -> int:
-        return len(self.tokens) - self.num_prompt
+        return self.num_tokens - self.num_prompt
 
-    @property
-    def num_to_compute(self) -> int:
-        """Tokens that are not in the pages yet, those still in flight included."""
-        return len(self.tokens) + self.in_flight - self.num_computed
+    def output(self, start: int = 0) -> list[int]:
+        """The output's token ids from the start-th on."""
+        return self.tokens[self.num_prompt + start :].tolist()
+
+    def read(self, stopped: bool) -> list[int]:
+        """The output's token ids that its text does not have yet; a stop token at its end may have to stay out."""
+        ids = self.tokens[self.num_prompt + self.num_read :].tolist()
+        self.num_read += len(ids)
+        return ids[:-1] if stopped and not self.params.include_stop_str_in_output else ids
+
+    def keep_output(self, count: int) -> None:
+        """Drops what it drew beyond its first `count` tokens."""
+        assert self._table is not None
+        self._table.num_tokens[self.slot] = self.num_prompt + count
 
     @property
     def finished(self) -> bool:
@@ -111,11 +148,18 @@ class Request:
     error: Exception | None = None
 
     @property
+    def mode(self) -> Mode:
+        """The cheapest sampling program that will do."""
+        return "everything" if self.needs_everything else "greedy" if self.params.greedy else "sampled"
+
+    @property
+    def needs_text(self) -> bool:
+        """Is its text to be made while it runs? Otherwise once, at its end."""
+        return self.watched or bool(self.params.stop)
+
+    @property
     def finished(self) -> bool:
-        for sequence in self.sequences:  # a loop: half the time of all(), and asked for every row of every step
-            if sequence.finish_reason is None:
-                return False
-        return True
+        return all(sequence.finished for sequence in self.sequences)
 
 
 def allowed_mask(allowed: Seq[int] | None, banned: Seq[int], vocab_size: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The loop's edges: failures, interruptions, reports, stop strings, ids."""
 
+import sys
+
 import pytest
 
 from jaxengine.errors import EngineError, RequestError
@@ -17,7 +19,7 @@ def finish(engine, limit=500):
 
 
 def outputs(request):
-    return [sequence.tokens[sequence.num_prompt :] for sequence in request.sequences]
+    return [sequence.output() for sequence in request.sequences]
 
 
 def test_the_culprit_is_named_after_one_retry_and_the_others_go_on():
@@ -134,6 +136,60 @@ def test_a_stop_string_ends_a_request_while_flights_are_out():
     assert outputs(request) == [alone[:5]]
     assert (request.sequences[0].finish_reason, request.sequences[0].stop_reason) == ("stop", stop)
     assert news.count(request) == 5 and engine.runner.max_flying == 3
+
+
+@pytest.mark.parametrize("included", [False, True])
+def test_who_is_not_watched_gets_the_same_text_and_times_at_the_end(included):
+    def ended(watched, abort_after=None, **fields):
+        engine = make_engine(flights=1)
+        request = make_request(0, [1, 2, 3], max_tokens=12, include_stop_str_in_output=included, **fields)
+        request.watched = watched
+        engine.add(request)
+        news = []
+        while engine.has_work:
+            news += engine.step()
+            if request.sequences[0].num_output == abort_after:
+                engine.abort("0")
+        sequence = request.sequences[0]
+        assert request.first_token_time < request.last_token_time
+        assert len(news) == ((sequence.num_output if watched else 1) if abort_after is None else watched * 7)
+        return sequence.output(), sequence.text, sequence.finish_reason, sequence.stop_reason
+
+    alone = expected(make_request(0, [1, 2, 3], max_tokens=12), (None,), 16).tokens
+    for fields in ({}, {"stop_token_ids": [alone[5]]}, {"stop": [letter(alone[3]) + letter(alone[4])]}):
+        assert ended(True, **fields) == ended(False, **fields)
+    assert ended(True, abort_after=7) == ended(False, abort_after=7)
+    assert ended(False)[1] == "".join(map(letter, alone))
+
+
+def test_a_decode_step_calls_nothing_for_each_row():
+    """Calls within jaxengine, of Python and of C, in steps where no row needs a page, ends or is watched."""
+
+    def calls(rows):
+        engine = make_engine(page_size=64, pages=2 * rows, max_num_seqs=rows, max_num_batched_tokens=256, columns=2)
+        for i in range(rows):
+            request = make_request(
+                i, [1, 2, i % 16], max_tokens=40, temperature=float(i % 2), eos=(3,), ignore_eos=True
+            )
+            request.watched = False
+            engine.add(request)
+        for _ in range(4):
+            engine.step()
+        counts = []
+
+        def count(frame, event, _):
+            counts[-1] += "call" in event and "jaxengine/engine/" in frame.f_code.co_filename
+
+        for _ in range(10):
+            counts.append(0)
+            sys.setprofile(count)
+            engine.step()
+            sys.setprofile(None)
+            assert len(engine._steps[-1].rows) == rows
+        return counts
+
+    few, many = calls(8), calls(64)
+    assert few == many and max(few) < 250
 
 
 def test_stop_tokens_say_which_one_unless_it_is_the_models_own():

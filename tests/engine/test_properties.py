@@ -48,6 +48,7 @@ def workloads(draw, faults=False):
             asked.update(bad_words=[[draw(st.integers(0, 15))], [draw(st.integers(0, 15)), draw(st.integers(0, 15))]])
         arrival = draw(st.integers(0, 12))
         requests.append((arrival, make_request(i, prompt, **asked)))
+        requests[-1][1].watched = draw(st.booleans())
         longest = max(longest, len(prompt) + asked["max_tokens"] - 1)
     # The fewest pages that the largest request needs alone, and a few more.
     needed = [
@@ -89,7 +90,7 @@ def assert_as_alone(engine, request):
     windows = [group.window for group in engine.scheduler.groups]
     for i, sequence in enumerate(request.sequences):
         alone = expected(request, windows, VOCAB, i)
-        assert sequence.tokens[sequence.num_prompt :] == alone.tokens
+        assert sequence.output() == alone.tokens
         assert sequence.finish_reason == alone.reason
         assert sequence.text == "".join(
             chr(97 + t) for t in alone.tokens[: len(alone.tokens) - (alone.reason == "stop")]
@@ -113,7 +114,7 @@ def assert_nothing_is_held(engine):
     assert not (scheduler.running or scheduler.draining or scheduler.num_waiting or scheduler._computing)
     assert not scheduler._deferred and not engine.has_work and not engine._requests and not engine.sink.texts
     assert all(pool.num_free == pool.num_pages - 1 for pool in scheduler.pools)
-    assert len(scheduler._slots) == scheduler.max_num_seqs
+    assert len(scheduler.slots.free) == scheduler.max_num_seqs
 
 
 def check_alone(workload):

@@ -15,8 +15,8 @@ def first_steps(engine, requests):
 
     def schedule():
         rows = original()
-        for row in rows:
-            seen.setdefault(row.sequence.request.request_id, step)
+        for sequence in engine.scheduler.slots.sequence[rows.slots]:
+            seen.setdefault(sequence.request.request_id, step)
         return rows
 
     engine.scheduler.schedule = schedule
@@ -129,7 +129,7 @@ def test_when_the_computing_one_ends_another_takes_over():
     while engine.has_work:
         engine.step()
         engine.check_integrity()
-    assert all(len(request.sequences[0].tokens) == 43 for request in requests[1:])
+    assert all(request.sequences[0].num_tokens == 43 for request in requests[1:])
 
 
 def test_the_lowest_rank_is_preempted_and_comes_back():

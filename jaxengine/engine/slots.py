@@ -1,0 +1,80 @@
+"""What the host knows of running sequences, in arrays by device slot: a step costs no Python for each row."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(eq=False, slots=True)
+class Rows:
+    """Rows of a step: `count` tokens of each slot from `start` on; `samples` when they reach the sequence's end."""
+
+    slots: np.ndarray  # int [rows]
+    start: np.ndarray
+    count: np.ndarray
+    samples: np.ndarray  # bool [rows]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, index: np.ndarray) -> "Rows":
+        return Rows(self.slots[index], self.start[index], self.count[index], self.samples[index])
+
+
+class SlotTable:
+    """A slot belongs to one sequence until no flight names it any more.
+
+    tokens     [ prompt ............ | output ..... ]
+    drawn      ------------------------------------------>|  those that the host has not seen yet included
+    computed   -------------------------------------->|      in the pages once every flight has landed
+
+    Pages of all cache groups have the same columns; page 0 lies behind a window, given back.
+    """
+
+    def __init__(self, num_slots: int, num_groups: int, max_model_len: int, page_size: int):
+        def zeros(dtype: type = np.int64) -> np.ndarray:
+            return np.zeros(num_slots, dtype)
+
+        self.free = list(range(num_slots - 1, -1, -1))
+        self.sequence = np.full(num_slots, None, object)
+        self.live = zeros(bool)  # its sequence runs; a slot that is neither live nor free drains
+        # Memory is touched where it is used only.
+        self.tokens = np.zeros((num_slots, max_model_len), np.int32)
+        self.pages = np.zeros((num_groups, num_slots, -(-max_model_len // page_size)), np.int32)
+        self.num_tokens, self.num_drawn, self.num_computed = zeros(), zeros(), zeros()
+        self.end = zeros()  # tokens of prompt and output when it has all of them
+        self.flights = zeros()  # steps that name the slot and have not landed
+        self.columns = zeros()  # of the page table that have their page
+        self.uploaded = zeros()  # of them on the device; 0: nothing of the slot is there yet
+        self.num_published = zeros()  # pages that were offered to the prefix cache
+        self.last_token_time = zeros(float)  # 0: no token since it runs
+        self.mode = zeros()  # the program it needs when it samples, by its place among step.MODES
+        self.needs_last_token = zeros(bool)
+        self.edits_logits = zeros(bool)
+        self.asks_prompt = zeros(bool)  # log-probabilities of its prompt are still missing
+        self.followed = zeros(bool)  # somebody waits for each of its tokens: Python looks at them all
+        # Python looks at its next token: it is followed, or this is the first since it runs.
+        self.attended = zeros(bool)
+
+    def append(self, slots: np.ndarray, tokens: np.ndarray, now: float) -> None:
+        """A token for each of these slots was in flight and is known now."""
+        place = self.num_tokens[slots]
+        self.tokens[slots, place] = tokens
+        self.num_tokens[slots] = place + 1
+        self.last_token_time[slots] = now
+
+    def in_flight(self, slot: int) -> int:
+        """Tokens that were drawn, or will be by a step on its way, and that the host has not seen."""
+        return int(self.num_drawn[slot] - self.num_tokens[slot])
+
+    def known(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The tokens at these positions; -1: still on the device, the slot's last token."""
+        tokens = self.tokens[slots, positions]
+        tokens[positions >= self.num_tokens[slots]] = -1
+        return tokens
+
+
+def spread(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers first[i] ... first[i] + count[i] - 1 of every i, one after another, and the i of each."""
+    owner = np.arange(len(count)).repeat(count)
+    return np.arange(len(owner)) + (first - count.cumsum() + count)[owner], owner
