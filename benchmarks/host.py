@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxengine.engine import engine as engine_module
-from jaxengine.engine.batch import Buckets, powers_of_two
+from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.sequence import Request
@@ -67,7 +67,7 @@ def make_engine(rows: int, length: int, steps_in_flight: int) -> Engine:
         [CacheGroup((0,), None, 1, 8)], [pages], page_size=PAGE_SIZE, max_num_seqs=rows, max_num_batched_tokens=budget,
         max_model_len=length,
     )  # fmt: skip
-    buckets = Buckets(powers_of_two(1, rows), powers_of_two(64, budget), 64, PAGE_SIZE, 1, rows)
+    buckets = Buckets(bucket_sizes(1, rows, 32), bucket_sizes(64, budget, 512), 64, PAGE_SIZE, 1, rows)
     return Engine(
         scheduler, NoDevice(rows), buckets, TextSink(None), vocab_size=VOCAB, steps_in_flight=steps_in_flight
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxengine.config import EngineConfig, ModelConfig
-from jaxengine.engine.batch import Buckets, powers_of_two
+from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.runner import Runner
 from jaxengine.engine.scheduler import Scheduler
@@ -41,6 +41,8 @@ class PlatformDefaults:
     attention: str
 
 
+# Of buckets, beyond which they are multiples: padding against programs to compile, see benchmarks/README.md.
+ROW_STEP, TOKEN_STEP = 32, 512
 PLATFORMS = {
     "cpu": PlatformDefaults(32, 512, 1, 16, 32, "xla"),
     # Two rows at least: XLA turns the products of a single row into reductions, which take 1.4 times as long.
@@ -83,8 +85,10 @@ def assemble(
     temporary = temporary_bytes(checkpoint.config, sizes, config.max_logprobs, config.dtype, config.attention)
     num_pages = plan_pages(config, checkpoint.config, groups, sizes, config.kv_cache_dtype, temporary, device)
     buckets = Buckets(
-        rows=powers_of_two(min(defaults.smallest_rows, sizes.max_num_seqs), sizes.max_num_seqs),
-        tokens=powers_of_two(min(defaults.smallest_tokens, sizes.max_num_batched_tokens), sizes.max_num_batched_tokens),
+        rows=bucket_sizes(min(defaults.smallest_rows, sizes.max_num_seqs), sizes.max_num_seqs, ROW_STEP),
+        tokens=bucket_sizes(
+            min(defaults.smallest_tokens, sizes.max_num_batched_tokens), sizes.max_num_batched_tokens, TOKEN_STEP
+        ),
         block_q=defaults.block_q,
         page_size=sizes.page_size,
         groups=len(groups),

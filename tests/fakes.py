@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from jaxengine.engine.batch import Buckets, powers_of_two
+from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.sequence import Request
@@ -371,8 +371,8 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens, max_model_len=columns * page_size, **options,
     )  # fmt: skip
     buckets = Buckets(
-        rows=powers_of_two(1, max_num_seqs),
-        tokens=powers_of_two(min(4, max_num_batched_tokens), max_num_batched_tokens),
+        rows=bucket_sizes(1, max_num_seqs, 8),
+        tokens=bucket_sizes(min(4, max_num_batched_tokens), max_num_batched_tokens, 16),
         block_q=block_q, page_size=page_size, groups=len(windows), max_num_seqs=max_num_seqs,
     )  # fmt: skip
     runner = FakeRunner(scheduler, buckets, vocab, columns, fail, poison)

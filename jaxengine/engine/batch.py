@@ -12,13 +12,13 @@ from jaxengine.engine.slots import Rows, SlotTable, spread
 from jaxengine.step import MODES, Bucket, LogitWrite, MaskWrite, SlotWrite, StepInputs, packed_size, unpack
 
 
-def powers_of_two(smallest: int, largest: int) -> tuple[int, ...]:
-    """Bucket sizes up to and including `largest`."""
+def bucket_sizes(smallest: int, largest: int, step: int) -> tuple[int, ...]:
+    """Powers of two times `smallest` up to `step`, then multiples of that, up to and including `largest`."""
     sizes = []
-    while smallest < largest:
+    while smallest < min(step, largest):
         sizes.append(smallest)
         smallest *= 2
-    return (*sizes, largest)
+    return (*sizes, *range(step, largest, step), largest)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxengine.engine.batch import Buckets, banned_tokens, build_batch, powers_of_two
+from jaxengine.engine.batch import Buckets, banned_tokens, bucket_sizes, build_batch
 from jaxengine.engine.sequence import Sequence, allowed_mask
 from jaxengine.engine.slots import Rows, SlotTable
 from jaxengine.step import unpack
@@ -33,9 +33,12 @@ def rows_of(*rows):
 
 
 def test_bucket_sizes():
-    assert powers_of_two(1, 8) == (1, 2, 4, 8)
-    assert powers_of_two(16, 100) == (16, 32, 64, 100)
-    assert powers_of_two(4, 4) == (4,)
+    assert bucket_sizes(1, 8, 32) == (1, 2, 4, 8)
+    assert bucket_sizes(16, 100, 512) == (16, 32, 64, 100)
+    assert bucket_sizes(4, 4, 32) == (4,)
+    assert bucket_sizes(2, 32, 32) == (2, 4, 8, 16, 32)
+    assert bucket_sizes(2, 128, 32) == (2, 4, 8, 16, 32, 64, 96, 128)
+    assert bucket_sizes(64, 1100, 512) == (64, 128, 256, 512, 1024, 1100)
 
 
 @given(st.data())
@@ -44,8 +47,8 @@ def test_a_bucket_has_room_for_all_that_its_rows_may_bring(data):
     budget = data.draw(st.integers(1, 200))
     max_num_seqs = data.draw(st.integers(1, min(budget, 64)))
     block_q, page_size = data.draw(st.sampled_from([1, 4, 16])), data.draw(st.sampled_from([1, 4, 16]))
-    buckets = Buckets(powers_of_two(1, max_num_seqs), powers_of_two(min(4, budget), budget), block_q, page_size, 1,
-                      max_num_seqs)  # fmt: skip
+    sizes = bucket_sizes(1, max_num_seqs, 32), bucket_sizes(min(4, budget), budget, 512)
+    buckets = Buckets(*sizes, block_q, page_size, 1, max_num_seqs)
     table = SlotTable(max_num_seqs, 1, 256, page_size)
     left, rows, added = budget, [], 0
     for _ in range(data.draw(st.integers(1, max_num_seqs))):
