@@ -97,7 +97,7 @@ def test_gpt2s_fused_tensor_is_taken_apart(tmp_path, mesh):
 
 
 def test_few_tensors_are_on_the_host(tmp_path, mesh, monkeypatch):
-    monkeypatch.setattr(loading, "READERS", 2)
+    monkeypatch.setitem(loading.READERS, "cpu", 2)
     checkpoint = open_checkpoint(tiny.write_checkpoint("llama", tmp_path))
     alive = weakref.WeakSet()
     most = 0
@@ -122,7 +122,7 @@ def test_few_tensors_are_on_the_host(tmp_path, mesh, monkeypatch):
 
 def test_tensors_are_read_by_several_threads_up_to_a_fault(tmp_path, mesh, monkeypatch):
     checkpoint, asked, done = open_checkpoint(tiny.write_checkpoint("llama", tmp_path)), [], []
-    monkeypatch.setattr(loading.os, "cpu_count", lambda: 2)
+    monkeypatch.setitem(loading.READERS, "cpu", 2)
     both = threading.Barrier(2, timeout=10)
 
     def read(name):
@@ -142,8 +142,8 @@ def test_tensors_are_read_by_several_threads_up_to_a_fault(tmp_path, mesh, monke
 def test_a_device_transposes_as_the_host_does(mesh):
     specs = {"a.kernel": ParamSpec((3, 5), ("hidden", "mlp"))}
     array = np.arange(15, dtype=np.float32).reshape(5, 3)
-    for on_cpu in (True, False):
-        [placed] = loading._place(array, Target(("a.kernel",), transposed=True), specs, mesh, on_cpu)
+    for platform in ("cpu", "gpu"):
+        [placed] = loading._place(array, Target(("a.kernel",), transposed=True), specs, mesh, platform)
         np.testing.assert_array_equal(placed, array.T)
         assert placed.sharding == named_sharding(mesh, ("hidden", "mlp"))
 

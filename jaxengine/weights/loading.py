@@ -1,6 +1,5 @@
 """Canonical parameters, each on its devices: streamed from files, restored from Orbax, or drawn at random."""
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -17,7 +16,8 @@ from jaxengine.models import param_specs
 from jaxengine.sharding import ParamSpec, named_sharding
 from jaxengine.weights.checkpoint import Checkpoint, raise_faults
 
-READERS = 8  # threads, so tensors in the host's memory at a time; of a core each, at most
+# Threads that load, and so tensors that the host holds at a time. On a CPU they only got in each other's way.
+READERS = {"cpu": 1, "gpu": 8}
 OnTensor = Callable[[int, int], None]
 HEAD, EMBEDDING = "lm_head.kernel", "embed_tokens.embedding"
 
@@ -56,12 +56,12 @@ def _stream(
 
     def load(name: str, target: Target) -> list[jax.Array]:
         array = checkpoint.reader.read(name).astype(jax.numpy.dtype(dtype), copy=False)
-        return jax.block_until_ready(_place(array, target, specs, mesh, on_cpu))
+        return jax.block_until_ready(_place(array, target, specs, mesh, platform))
 
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    platform = mesh.devices.flat[0].platform
     params: dict[str, jax.Array] = {}
     # A thread waits until its tensor has arrived before it reads another: the host holds one for each thread at most.
-    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(READERS[platform]) as pool:
         try:
             for done, (target, placed) in enumerate(zip(plan.values(), pool.map(load, plan, plan.values())), 1):
                 params |= zip(target.paths, placed)
@@ -72,12 +72,12 @@ def _stream(
 
 
 def _place(
-    array: np.ndarray, target: Target, specs: Mapping[str, ParamSpec], mesh: jax.sharding.Mesh, on_cpu: bool
+    array: np.ndarray, target: Target, specs: Mapping[str, ParamSpec], mesh: jax.sharding.Mesh, platform: str
 ) -> list[jax.Array]:
     """One tensor as the parameters that it holds, on their way to the devices."""
     if target.transposed:
         axes = specs[target.paths[0]].axes
-        if on_cpu:  # the transfer transposes faster than NumPy does
+        if platform == "cpu":  # the transfer transposes faster than NumPy does
             return [jax.device_put(array.T, named_sharding(mesh, axes))]
         arrived = jax.device_put(array, named_sharding(mesh, axes[::-1]))
         return [_transposed(named_sharding(mesh, axes))(arrived)]  # at 1 GB/s a host would be the slowest part
