@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,7 +36,12 @@ def seconds(call: Callable[[], Any], ops: int, samples: int = 9) -> tuple[float,
 
 def normal(seed: int, *shape: int) -> jax.Array:
     """Random bfloat16, made on the device."""
-    return jax.jit(lambda: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16))()
+    return _normal(seed, shape)
+
+
+@partial(jax.jit, static_argnums=1)
+def _normal(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
 def read_rate(size: int = 2**32) -> float:

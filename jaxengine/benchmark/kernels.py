@@ -31,6 +31,7 @@ class Heads(NamedTuple):
 KNOWN_LIMITS = {"H200": (4.44e12, 790e12)}
 TOLERANCE = 0.03
 PAGE, BLOCK_Q, L2_BYTES = 16, 32, 60e6
+OPS = 16  # in one program, at least
 LLAMA_8B = Heads(32, 8, 128)
 
 
@@ -136,7 +137,7 @@ def time_decode(name: str, row_lengths: Sequence[int], heads: Heads) -> list[Res
     reference = partial(kernels.paged_decode_reference, scale=scale)
     expected = [reference(q[part], k_pages, v_pages, tables[0][part], lengths[part]) for part in parts]
     difference = error(decode(q, k_pages, v_pages, tables[0], lengths), jnp.concatenate(expected))
-    tables = tables * max(1, 16 // len(tables))
+    tables = tables * max(1, OPS // len(tables))
 
     @jax.jit
     def chain(q, k_pages, v_pages, tables, lengths):
@@ -189,15 +190,14 @@ def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
 
 def time_write(tokens: int, heads: Heads = LLAMA_8B, pages: int = 2**16) -> list[Result]:
     """Bytes are counted twice: the new keys and values are read and written."""
-    ops = 16
     pools = [normal(seed, pages, heads.kv, PAGE, heads.dim) for seed in (1, 2)]
     k, v = normal(3, tokens, heads.kv, heads.dim), normal(4, tokens, heads.kv, heads.dim)
-    slots = PAGE + np.random.default_rng(0).permutation((pages - 1) * PAGE)[: ops * tokens].reshape(ops, tokens)
+    slots = PAGE + np.random.default_rng(0).permutation((pages - 1) * PAGE)[: OPS * tokens].reshape(OPS, tokens)
     page, offset = jnp.asarray(slots // PAGE, jnp.int32), jnp.asarray(slots % PAGE, jnp.int32)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def chain(k_pages, v_pages, k, v, page, offset):
-        for i in range(ops):
+        for i in range(OPS):
             k_pages, v_pages = kernels.kv_write(k_pages, v_pages, k, v, page[i], offset[i])
         return k_pages, v_pages
 
@@ -205,7 +205,7 @@ def time_write(tokens: int, heads: Heads = LLAMA_8B, pages: int = 2**16) -> list
         pools[:] = chain(*pools, k, v, page, offset)
         return pools
 
-    time_s, spread = seconds(call, ops)
+    time_s, spread = seconds(call, OPS)
     written = pools[0][page[-1], :, offset[-1]]
     size = tokens * heads.kv * heads.dim * 2 * 4
     return [{"op": f"kv_write {tokens}", "us": time_s * 1e6, "spread": spread, "bytes": size,
