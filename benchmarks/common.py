@@ -4,21 +4,28 @@ import json
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.workloads import SHAPES, requests, write_checkpoint_config
 
+MEMORY_SHARE = 0.92  # of a GPU, for jax and the engine alike
+
+
+def claim_memory() -> None:
+    """Must come before jax's client starts, which then takes its share."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
+
 
 @contextmanager
 def random_llm(shape: str, **engine: Any) -> Iterator[Any]:
-    """An LLM of this shape with random weights. Imports jax only now, so that the memory share is set before."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(engine.get("gpu_memory_utilization", 0.9)))
+    """An LLM of this shape with random weights, which may take MEMORY_SHARE of a GPU."""
+    claim_memory()
     from jaxengine.llm import LLM
 
+    engine = {"gpu_memory_utilization": MEMORY_SHARE} | engine
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint_config(SHAPES[shape], Path(folder))
         with LLM(model=folder, load_format="dummy", **engine) as llm:
@@ -36,7 +43,7 @@ def time_workload(llm: Any, shape: str, workload: str, repeats: int, warmups: in
 
     The prefix cache is emptied before each run, and each request must give all its tokens.
     """
-    from jaxengine.benchmark import fixed_length, run
+    from jaxengine.benchmark.serving import fixed_length, run
 
     prompts, lengths = requests(workload, SHAPES[shape].vocab_size)
     params = [fixed_length(length) for length in lengths]
@@ -63,25 +70,10 @@ def time_workload(llm: Any, shape: str, workload: str, repeats: int, warmups: in
 
 def rates(bytes_read: int, matrix: int) -> tuple[float, float]:
     """This device's read bandwidth in bytes/s (a bfloat16 sum) and its rate of matrix products in operations/s."""
-    import jax
-    import jax.numpy as jnp
+    claim_memory()
+    from jaxengine.benchmark.device import matmul_rate, read_rate
 
-    values = jnp.ones(bytes_read // 2, jnp.bfloat16)
-    bandwidth = bytes_read / best_time(jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32)), values)
-    a, b = jax.random.normal(jax.random.key(0), (2, matrix, matrix), jnp.bfloat16)
-    return bandwidth, 2 * matrix**3 / best_time(jax.jit(jnp.matmul), a, b)
-
-
-def best_time(function: Callable[..., Any], *args: Any, calls: int = 10, rounds: int = 3) -> float:
-    """Seconds a call, `calls` of them queued at a time, the best of a few rounds."""
-    function(*args).block_until_ready()
-    best = float("inf")
-    for _ in range(rounds):
-        started = time.perf_counter()
-        results = [function(*args) for _ in range(calls)]
-        results[-1].block_until_ready()
-        best = min(best, (time.perf_counter() - started) / calls)
-    return best
+    return read_rate(bytes_read), matmul_rate(matrix)
 
 
 def report(result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ The limit is computed from the read bandwidth and the rate of matrix products me
 
 import argparse
 
-from benchmarks.common import longest, random_llm, rates, report, time_workload
+from benchmarks.common import claim_memory, longest, random_llm, rates, report, time_workload
 from benchmarks.workloads import SHAPES, floor_seconds, requests
 
 
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--steps-in-flight", type=int, default=1)
     args = parser.parse_args()
 
+    claim_memory()
     import jax
 
     workloads, shape = args.workloads.split(","), SHAPES[args.model]

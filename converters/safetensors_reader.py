@@ -1,10 +1,12 @@
 """A folder's safetensors files, one or several with an index, read tensor by tensor."""
 
 import json
+import os
+import weakref
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -12,6 +14,41 @@ from converters import ConversionError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class SafetensorsFile:
+    """One file. Its own library checks it; reading is done here, as that copies twice and holds Python's lock.
+
+    `shapes` and `dtypes` by tensor name. Raises ConversionError for a file that is corrupt or truncated.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with safe_open(path, framework="np"):  # header, offsets, size of the file
+                pass
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"{path}: corrupt or truncated ({error}); fetch the file again") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        self._start, header = 8 + length, json.loads(os.pread(self._descriptor, length, 8))
+        header.pop("__metadata__", None)
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        self.dtypes = {name: DTYPES.get(entry["dtype"], entry["dtype"]) for name, entry in header.items()}
+        self._begin = {name: entry["data_offsets"][0] for name, entry in header.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor. Several threads may read at once."""
+        array = np.empty(self.shapes[name], NUMPY[self.dtypes[name]])
+        left, offset = memoryview(array.reshape(-1).view(np.uint8)), self._start + self._begin[name]
+        while left:  # a call gives 2 GiB at most
+            count = os.preadv(self._descriptor, [left], offset)
+            if count == 0:
+                raise ConversionError(f"{self.path}: {name} cannot be read: the file has become shorter")
+            left, offset = left[count:], offset + count
+        return array
 
 
 class SafetensorsCheckpoint:
@@ -21,17 +58,17 @@ class SafetensorsCheckpoint:
         self.path = Path(folder)
 
     @cached_property
-    def _files(self) -> dict[str, Any]:
+    def _files(self) -> dict[str, SafetensorsFile]:
         """Open files by tensor name; nothing is read but their headers."""
         if (self.path / SINGLE).is_file():
-            file = _open(self.path / SINGLE)
-            return dict.fromkeys(file.keys(), file)
+            single = SafetensorsFile(self.path / SINGLE)
+            return dict.fromkeys(single.shapes, single)
         weight_map = self._weight_map()
         lacking = sorted({file for file in weight_map.values() if not (self.path / file).is_file()})
         if lacking:
             raise ConversionError(f"{self.path / INDEX} names files that are not there: {', '.join(lacking)}")
-        opened = {file: _open(self.path / file) for file in sorted(set(weight_map.values()))}
-        found = {name: file for file, handle in opened.items() for name in handle.keys()}
+        opened = {file: SafetensorsFile(self.path / file) for file in sorted(set(weight_map.values()))}
+        found = {name: file for file, handle in opened.items() for name in handle.shapes}
         wrong = sorted(f"{name} (in {file})" for name, file in weight_map.items() if found.get(name) != file)
         if wrong:
             raise ConversionError(f"{self.path / INDEX} names tensors that are not there: {', '.join(wrong)}")
@@ -53,19 +90,11 @@ class SafetensorsCheckpoint:
 
     def names(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of every tensor, dtypes that are not served as the file spells them (`I64`)."""
-        slices = {name: file.get_slice(name) for name, file in self._files.items()}
-        return {n: (tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype())) for n, s in slices.items()}
+        return {name: (file.shapes[name], file.dtypes[name]) for name, file in self._files.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor; KeyError for a name that is not in `names()`."""
+        """One tensor of a dtype that is served; KeyError for a name that is not in `names()`. For several threads."""
         try:
-            return self._files[name].get_tensor(name)
-        except SafetensorError as error:
+            return self._files[name].read(name)
+        except OSError as error:
             raise ConversionError(f"{self.path}: {name} cannot be read: {error}") from error
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path}: corrupt or truncated ({error}); fetch the file again") from error

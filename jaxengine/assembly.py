@@ -172,7 +172,8 @@ def _load_weights(checkpoint: Checkpoint, config: EngineConfig, mesh: jax.shardi
         with counting_bar("Loading weights", show=logger.isEnabledFor(logging.INFO)) as progress:
             params = load_params(checkpoint, config.dtype, mesh, seed=config.seed, on_tensor=progress)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
-        return prepare(checkpoint.config, params, config.fuse_weights, transpose=on_cpu)
+        # What prepare no longer needs is free only when it is done, and the plan counts what is free.
+        return jax.block_until_ready(prepare(checkpoint.config, params, config.fuse_weights, transpose=on_cpu))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

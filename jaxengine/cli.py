@@ -41,6 +41,7 @@ PACKAGES = (
 )  # fmt: skip
 Options = dict[str, inspect.Parameter]
 Given = dict[str, Any]
+OutputJson = Annotated[Path | None, typer.Option(help="File for the whole result.")]
 
 
 def option(name: str, kind: Any, default: Any, help: str) -> inspect.Parameter:
@@ -124,16 +125,21 @@ app.add_typer(bench, name="bench")
 
 @contextmanager
 def open_llm(engine: Given) -> Iterator[Any]:
-    """An LLM with these options. jax's GPU client takes its share of the memory when it starts, so say it before."""
+    """An LLM with these options."""
     from jaxengine.llm import LLM
 
     cache = engine.get("compilation_cache")
     if cache in ("True", "False"):
         engine = engine | {"compilation_cache": cache == "True"}
-    share = engine.get("gpu_memory_utilization", EngineConfig.gpu_memory_utilization)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(share))
+    claim_memory(engine)
     with LLM(**engine) as llm:
         yield llm
+
+
+def claim_memory(engine: Given) -> None:
+    """Says what share of the memory jax's GPU client, also a child process's, is to take when it starts."""
+    share = engine.get("gpu_memory_utilization", EngineConfig.gpu_memory_utilization)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(share))
 
 
 def sampling_params(llm: Any, given: Given) -> SamplingParams:
@@ -247,10 +253,10 @@ def latency(
     output_len: Annotated[int, typer.Option(help="Output tokens a request.", min=1)] = 128,
     num_iters: Annotated[int, typer.Option(help="Batches that are measured.", min=1)] = 10,
     num_iters_warmup: Annotated[int, typer.Option(help="Batches before them, to compile.", min=0)] = 2,
-    output_json: Annotated[Path | None, typer.Option(help="File for the whole result.")] = None,
+    output_json: OutputJson = None,
 ) -> None:
     """Run one batch after another, watching every token."""
-    from jaxengine.benchmark import run_watched
+    from jaxengine.benchmark.serving import run_watched
 
     measure(run_watched, engine, batch_size, input_len, output_len, num_iters, num_iters_warmup, output_json)
 
@@ -262,10 +268,10 @@ def throughput(
     num_prompts: Annotated[int, typer.Option(help="Requests, all at once.", min=1)] = 100,
     input_len: Annotated[int, typer.Option(help="Prompt tokens a request.", min=1)] = 512,
     output_len: Annotated[int, typer.Option(help="Output tokens a request.", min=1)] = 128,
-    output_json: Annotated[Path | None, typer.Option(help="File for the whole result.")] = None,
+    output_json: OutputJson = None,
 ) -> None:
     """Run many requests at once, after a first run of as many that compiles."""
-    from jaxengine.benchmark import run
+    from jaxengine.benchmark.serving import run
 
     measure(run, engine, num_prompts, input_len, output_len, 1, 1, output_json)
 
@@ -275,13 +281,68 @@ def measure(
     output_json: Path | None,
 ) -> None:  # fmt: skip
     """Runs `warmup + iters` batches, their prompts all different: nothing comes from the prefix cache."""
-    from jaxengine.benchmark import fixed_length, random_prompts, summarize, table
+    from jaxengine.benchmark.serving import fixed_length, random_prompts, summarize, table
+    from jaxengine.progress import counting_bar
 
-    with open_llm(engine) as llm:
-        batches = [random_prompts(count, input_len, llm.vocab_size, seed) for seed in range(warmup + iters)]
-        runs = [how(llm, prompts, [fixed_length(output_len)] * count) for prompts in batches]
+    runs = []
+    with open_llm(engine) as llm, counting_bar("Batches") as progress:
+        for seed in range(warmup + iters):
+            prompts = random_prompts(count, input_len, llm.vocab_size, seed)
+            runs.append(how(llm, prompts, [fixed_length(output_len)] * count))
+            progress(len(runs), warmup + iters)
     result = summarize(runs[warmup:])
-    print(table(result))
+    show(table(result), result, output_json)
+
+
+@bench.command()
+def kernels(output_json: OutputJson = None) -> None:
+    """Time the attention kernels on a GPU, beside what the card reads and multiplies. Fails when a run is void."""
+    from jaxengine.benchmark.kernels import run, table
+    from jaxengine.progress import counting_bar
+
+    with counting_bar("Measuring") as progress:
+        result = run(progress)
+    show(table(result), result, output_json)
+    if result["void"]:
+        raise typer.Exit(1)
+
+
+@bench.command()
+@takes(engine={name: option for name, option in ENGINE.items() if name != "compilation_cache"})
+def startup(
+    engine: Given,
+    input_len: Annotated[int, typer.Option(help="Prompt tokens.", min=1)] = 8,
+    runs: Annotated[int, typer.Option(help="Starts with a full compilation cache; medians are shown.", min=1)] = 5,
+    output_json: OutputJson = None,
+) -> None:
+    """Time fresh processes up to their first token, the first with an empty compilation cache."""
+    from jaxengine.benchmark.startup import run, table
+    from jaxengine.progress import counting_bar
+
+    claim_memory(engine)
+    with counting_bar("Starting") as progress:
+        result = run(engine, input_len, runs, progress)
+    show(table(result), result, output_json)
+
+
+@bench.command()
+def load(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a safetensors checkpoint.")],
+    output_json: OutputJson = None,
+) -> None:
+    """Time loading weights onto the device, beside the disk and the way to the device."""
+    from jaxengine.benchmark.load import run, table
+    from jaxengine.progress import counting_bar
+
+    claim_memory({})
+    with counting_bar("Measuring") as progress:
+        result = run(model, progress)
+    show(table(result), result, output_json)
+
+
+def show(table: str, result: Given, output_json: Path | None) -> None:
+    """Prints the table; the whole result goes to the file, if there is to be one."""
+    print(table)
     if output_json is not None:
         output_json.write_text(json.dumps(result, indent=1))
 

@@ -17,6 +17,7 @@ from jaxengine.kv_cache import CacheGroup
 logger = logging.getLogger(__name__)
 GIB = 2**30
 CPU_CACHE_BYTES = GIB  # on a CPU, whose memory others want too: this, or a quarter of what is free
+ROUNDING = 2**26  # of what is free on a GPU
 DEFAULT_FRACTION = 0.75  # of a GPU that jax takes when XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise
 
 
@@ -118,4 +119,5 @@ def _free_bytes(config: EngineConfig, device: jax.Device, reserved: int) -> tupl
             "before jax starts to have them all", config.gpu_memory_utilization, asked / GIB, limit / GIB,
             config.gpu_memory_utilization,
         )  # fmt: skip
-    return min(limit, asked) - used - reserved, f"{used / GIB:.2f} GiB are in use"
+    # Rounded, since a few bytes more in use would give pools of another shape, which no compilation cache knows.
+    return (min(limit, asked) - used - reserved) // ROUNDING * ROUNDING, f"{used / GIB:.2f} GiB are in use"

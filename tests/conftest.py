@@ -1,5 +1,6 @@
 """The CPU unless JAX_PLATFORMS says otherwise, one compilation cache for all runs, and the two real models."""
 
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,17 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class RaiseOverruns(logging.Handler):
+    """A program that needs more memory than was planned is a warning in production and an error here."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "temporary memory" in record.msg:
+            raise AssertionError(record.getMessage())
+
+
+logging.getLogger("jaxengine.engine.runner").addHandler(RaiseOverruns())
 
 if find_spec("hypothesis"):  # a GPU machine may lack it
     from hypothesis import HealthCheck, settings

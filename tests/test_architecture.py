@@ -42,7 +42,7 @@ TABLE: dict[str, set[str]] = {
     "handoff": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
     "evaluate": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
     "serve": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
-    "benchmark": EVERYBODY | {"request"},
+    "benchmark": EVERYBODY | {"request", "pallas_kernels", "weights", "sharding"},
     "jaxengine": EVERYBODY | {"llm", "async_llm", "request"},
 }
 TABLE["cli"] = set(TABLE)

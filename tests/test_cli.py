@@ -1,6 +1,7 @@
 """Options come from the library's classes and reach it; each command does what it says."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -157,6 +158,49 @@ def test_bench_writes_the_keys_of_vllm(llm, tmp_path, arguments):
     assert "output throughput" in shown
     prompts = [tuple(map(tuple, asked)) for asked, _ in llm.asked]
     assert len(set(prompts)) == len(prompts)  # each batch has prompts of its own
+
+
+def test_bench_kernels_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxengine", "bench", "kernels"])
+    with pytest.raises(SystemExit, match="the kernels run on an NVIDIA GPU, jax found a cpu") as failed:
+        cli.main()
+    assert failed.value.code not in (0, None)
+
+
+@pytest.mark.parametrize(("void", "status"), [(None, 0), (False, 0), (True, 1)])
+def test_bench_kernels_writes_and_fails_when_void(tmp_path, monkeypatch, void, status):
+    monkeypatch.setattr("jaxengine.benchmark.kernels.run", lambda progress: {"void": void})
+    monkeypatch.setattr("jaxengine.benchmark.kernels.table", lambda result: "the table")
+    path = tmp_path / "kernels.json"
+    result = CliRunner().invoke(cli.app, ["bench", "kernels", "--output-json", str(path)])
+    assert (result.exit_code, result.stdout, json.loads(path.read_text())) == (status, "the table\n", {"void": void})
+
+
+def test_bench_startup_hands_its_options_to_the_processes(tmp_path, monkeypatch):
+    asked = []
+
+    def start(options, input_len):
+        asked.append((options, input_len))
+        assert options.pop("compilation_cache")
+        return {"all": 1.5}
+
+    monkeypatch.setattr("jaxengine.benchmark.startup.start", start)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "1")  # noted, so that what the command sets does not stay
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    path = tmp_path / "startup.json"
+    options = ["--model", "x", "--load-format", "dummy", "--gpu-memory-utilization", "0.5", "--runs", "2"]
+    shown = invoke("bench", "startup", *options, "--input-len", "3", "--output-json", str(path))
+    want = {"model": "x", "load_format": "dummy", "gpu_memory_utilization": 0.5}
+    assert asked == [(want, 3)] * 3
+    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+    assert "1.50" in shown and json.loads(path.read_text())["warm"] == {"all": 1.5}
+    assert "--compilation-cache" not in invoke("bench", "startup", "--help")  # a fresh one is the measurement
+
+
+def test_bench_load_measures_a_folder(tmp_path):
+    path = tmp_path / "load.json"
+    shown = invoke("bench", "load", str(tiny.write_checkpoint("qwen3", tmp_path, 2)), "--output-json", str(path))
+    assert "load from memory" in shown and json.loads(path.read_text())["files"] == 2
 
 
 def test_collect_env_names_versions_and_devices():

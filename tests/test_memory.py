@@ -54,9 +54,9 @@ def test_what_a_gpu_has_left(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)  # the command line sets it
     gpu = device("gpu", bytes_limit=int(0.75 * 80 * GIB), bytes_in_use=20 * GIB)
     [pages] = plan([FULL], gpu, temporary=GIB, gpu_memory_utilization=0.5)
-    assert abs(pages * BYTES["full"] - 19 * GIB) < GIB // 100  # more than every row fills: the rest is prefix cache
+    assert abs(pages * BYTES["full"] - 19 * GIB) < GIB // 10  # more than every row fills: the rest is prefix cache
     [most] = plan([FULL], gpu, temporary=GIB)
-    assert abs(most * BYTES["full"] - 39 * GIB) < GIB // 100  # jax has 60 GiB of the 72 asked for
+    assert abs(most * BYTES["full"] - 39 * GIB) < GIB // 10  # jax has 60 GiB of the 72 asked for
     with pytest.raises(MemoryPlanError, match=r"20\.00 GiB are in use.*close"):
         plan([FULL], gpu, temporary=GIB, gpu_memory_utilization=0.2)
 
@@ -65,7 +65,7 @@ def test_a_fraction_that_jax_was_given(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     gpu = device("gpu", bytes_limit=int(0.9 * 80 * GIB), bytes_in_use=0)
     [pages] = plan([FULL], gpu, gpu_memory_utilization=0.9)
-    assert abs(pages * BYTES["full"] - 72 * GIB) < GIB // 100
+    assert abs(pages * BYTES["full"] - 72 * GIB) < GIB // 10
 
 
 def test_a_cpu_gives_a_quarter_of_what_is_free(monkeypatch):
@@ -77,11 +77,14 @@ def test_a_cpu_gives_a_quarter_of_what_is_free(monkeypatch):
     assert pages == CPU_CACHE_BYTES // BYTES["full"]
 
 
-def test_temporaries_are_an_upper_bound():
+def test_the_runner_is_told_the_bound_for_temporaries():
+    """That each program keeps to it is in engine/test_programs.py."""
     runner = shared_llm()._runner
-    assert runner._programs
-    sizes = Sizes(8, 32, 256, 8)
-    bound = temporary_bytes(runner.model, sizes, 20, "float32", "xla")
-    assert runner.temporary_bytes == bound
-    for program in list(runner._programs.values()):
-        assert program.memory_analysis().temp_size_in_bytes <= bound
+    assert runner.temporary_bytes == temporary_bytes(runner.model, Sizes(8, 32, 256, 8), 20, "float32", "xla")
+
+
+def test_free_memory_that_differs_a_little_gives_the_same_pages(monkeypatch):
+    """Another pool shape would make every program another, that no compilation cache knows."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    starts = [device("gpu", bytes_limit=72 * GIB, bytes_in_use=20 * GIB + used) for used in (2**20, 2**20 + 4096)]
+    assert plan([FULL], starts[0]) == plan([FULL], starts[1])

@@ -4,6 +4,7 @@ import gc
 import json
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from dataclasses import replace
@@ -16,11 +17,13 @@ import numpy as np
 import pytest
 from huggingface_hub import errors
 
+from converters import ConversionError
+from converters.tensors import Target
 from jaxengine.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
 from jaxengine.models import param_specs
-from jaxengine.sharding import create_mesh, named_sharding
+from jaxengine.sharding import ParamSpec, create_mesh, named_sharding
 from jaxengine.tokenizer import Tokenizer
-from jaxengine.weights import hub, load_params, open_checkpoint, save_checkpoint
+from jaxengine.weights import hub, load_params, loading, open_checkpoint, save_checkpoint
 from tests.references import gguf_files, tiny
 
 EVERY_DTYPE = ["float32", "bfloat16", "float16"]
@@ -93,7 +96,8 @@ def test_gpt2s_fused_tensor_is_taken_apart(tmp_path, mesh):
         np.testing.assert_array_equal(np.concatenate(parts, -1), arrays[f"transformer.h.2.attn.c_attn.{name}"])
 
 
-def test_few_tensors_are_on_the_host(tmp_path, mesh):
+def test_few_tensors_are_on_the_host(tmp_path, mesh, monkeypatch):
+    monkeypatch.setitem(loading.READERS, "cpu", 2)
     checkpoint = open_checkpoint(tiny.write_checkpoint("llama", tmp_path))
     alive = weakref.WeakSet()
     most = 0
@@ -114,6 +118,34 @@ def test_few_tensors_are_on_the_host(tmp_path, mesh):
     params = load_params(replace(checkpoint, reader=reader), "bfloat16", mesh)
     assert len(params) > 20
     assert 1 <= most <= 16  # two tensors as read, cast, transposed, and what jax is about to let go; kept, it is 30
+
+
+def test_tensors_are_read_by_several_threads_up_to_a_fault(tmp_path, mesh, monkeypatch):
+    checkpoint, asked, done = open_checkpoint(tiny.write_checkpoint("llama", tmp_path)), [], []
+    monkeypatch.setitem(loading.READERS, "cpu", 2)
+    both = threading.Barrier(2, timeout=10)
+
+    def read(name):
+        asked.append(name)
+        if len(asked) <= 2:
+            both.wait()
+        elif len(asked) > 4:
+            raise ConversionError(f"{name} cannot be read")
+        return checkpoint.reader.read(name)
+
+    reader = SimpleNamespace(names=checkpoint.reader.names, read=read)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_params(replace(checkpoint, reader=reader), "float32", mesh, on_tensor=lambda n, _: done.append(n))
+    assert done == list(range(1, len(done) + 1)) and len(done) <= 4
+
+
+def test_a_device_transposes_as_the_host_does(mesh):
+    specs = {"a.kernel": ParamSpec((3, 5), ("hidden", "mlp"))}
+    array = np.arange(15, dtype=np.float32).reshape(5, 3)
+    for platform in ("cpu", "gpu"):
+        [placed] = loading._place(array, Target(("a.kernel",), transposed=True), specs, mesh, platform)
+        np.testing.assert_array_equal(placed, array.T)
+        assert placed.sharding == named_sharding(mesh, ("hidden", "mlp"))
 
 
 def test_loading_is_quick(tmp_path, mesh):

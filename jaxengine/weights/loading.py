@@ -1,6 +1,8 @@
 """Canonical parameters, each on its devices: streamed from files, restored from Orbax, or drawn at random."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import jax
 import numpy as np
@@ -14,6 +16,8 @@ from jaxengine.models import param_specs
 from jaxengine.sharding import ParamSpec, named_sharding
 from jaxengine.weights.checkpoint import Checkpoint, raise_faults
 
+# Threads that load, and so tensors that the host holds at a time. On a CPU they only got in each other's way.
+READERS = {"cpu": 1, "gpu": 8}
 OnTensor = Callable[[int, int], None]
 HEAD, EMBEDDING = "lm_head.kernel", "embed_tokens.embedding"
 
@@ -49,20 +53,42 @@ def _stream(
     checkpoint: Checkpoint, specs: Mapping[str, ParamSpec], dtype: str, mesh: jax.sharding.Mesh, report: OnTensor
 ) -> dict[str, jax.Array]:
     plan = plan_tensors(checkpoint, specs)
-    params: dict[str, jax.Array] = {}
-    before: list[jax.Array] = []
-    for done, (name, target) in enumerate(plan.items(), 1):
-        # The view is not made contiguous: the transfer transposes faster than NumPy does.
+
+    def load(name: str, target: Target) -> list[jax.Array]:
         array = checkpoint.reader.read(name).astype(jax.numpy.dtype(dtype), copy=False)
-        widths = [specs[path].shape[-1] for path in target.paths]
-        parts = [array.T] if target.transposed else np.split(array, np.cumsum(widths)[:-1], axis=-1)
-        placed = [jax.device_put(p, named_sharding(mesh, specs[path].axes)) for path, p in zip(target.paths, parts)]
-        params |= zip(target.paths, placed)
-        jax.block_until_ready(before)  # at most two tensors on their way, whatever the device's pace
-        before = placed
-        report(done, len(plan))
-    jax.block_until_ready(before)
+        return jax.block_until_ready(_place(array, target, specs, mesh, platform))
+
+    platform = mesh.devices.flat[0].platform
+    params: dict[str, jax.Array] = {}
+    # A thread waits until its tensor has arrived before it reads another: the host holds one for each thread at most.
+    with ThreadPoolExecutor(READERS[platform]) as pool:
+        try:
+            for done, (target, placed) in enumerate(zip(plan.values(), pool.map(load, plan, plan.values())), 1):
+                params |= zip(target.paths, placed)
+                report(done, len(plan))
+        finally:
+            pool.shutdown(cancel_futures=True)
     return params
+
+
+def _place(
+    array: np.ndarray, target: Target, specs: Mapping[str, ParamSpec], mesh: jax.sharding.Mesh, platform: str
+) -> list[jax.Array]:
+    """One tensor as the parameters that it holds, on their way to the devices."""
+    if target.transposed:
+        axes = specs[target.paths[0]].axes
+        if platform == "cpu":  # the transfer transposes faster than NumPy does
+            return [jax.device_put(array.T, named_sharding(mesh, axes))]
+        arrived = jax.device_put(array, named_sharding(mesh, axes[::-1]))
+        return [_transposed(named_sharding(mesh, axes))(arrived)]  # at 1 GB/s a host would be the slowest part
+    widths = [specs[path].shape[-1] for path in target.paths]
+    parts = np.split(array, np.cumsum(widths)[:-1], axis=-1)
+    return [jax.device_put(part, named_sharding(mesh, specs[path].axes)) for path, part in zip(target.paths, parts)]
+
+
+@cache
+def _transposed(sharding: jax.sharding.NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jax.numpy.transpose, out_shardings=sharding)
 
 
 def plan_tensors(checkpoint: Checkpoint, specs: Mapping[str, ParamSpec]) -> dict[str, Target]:

@@ -1,0 +1,218 @@
+"""The attention kernels' speed on a GPU, as shares of what the card reads and multiplies in the same run.
+
+Each call runs an op several times in one program, each time on other pages than the last (more than the L2 holds) and
+on the result of the one before. A sample is many calls queued; the figure is the median of the samples.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels as kernels
+from jaxengine.benchmark.device import matmul_rate, normal, read_rate, seconds
+from jaxengine.errors import UnsupportedError
+
+Result = dict[str, Any]
+
+
+class Heads(NamedTuple):
+    """Of one layer."""
+
+    query: int
+    kv: int
+    dim: int
+
+
+# What a card reads (bytes/s) and multiplies (operations/s) through JAX. A run that does not reach it was disturbed.
+KNOWN_LIMITS = {"H200": (4.44e12, 790e12)}
+TOLERANCE = 0.03
+PAGE, BLOCK_Q, L2_BYTES = 16, 32, 60e6
+OPS = 16  # in one program, at least
+LLAMA_8B = Heads(32, 8, 128)
+
+
+def skewed(long: int, rows: int, total: int) -> tuple[int, ...]:
+    """Lengths of `rows` rows, one of them `long` and the others equal but for one, `total` keys together."""
+    each, more = divmod(total - long, rows - 1)
+    return (long, *(each + (i < more) for i in range(rows - 1)))
+
+
+BALANCED, SKEWED = "decode 128 x 1024", "decode 16384 and 127 x 903"
+# The keys of each row. Those of the first two are as many, so any difference is how the work is shared out.
+DECODE: dict[str, tuple[Sequence[int], Heads]] = {
+    BALANCED: ([1024] * 128, LLAMA_8B),
+    SKEWED: (skewed(16384, 128, 128 * 1024), LLAMA_8B),
+    "decode 32 x 2048": ([2048] * 32, LLAMA_8B),
+    "decode 8 x 32768": ([32768] * 8, LLAMA_8B),
+    "decode 1 x 8192": ([8192], LLAMA_8B),
+    "decode 128 x 1024, dim 64": ([1024] * 128, Heads(32, 8, 64)),
+    "decode 128 x 1024, dim 256": ([1024] * 128, Heads(16, 8, 256)),
+}
+EXTEND = (2048, 4096, 8192, 16384)  # new tokens of one row
+WRITE = (128, 8192)  # tokens
+
+
+def run(on_case: Callable[[int, int], None] = lambda done, total: None) -> Result:
+    """Every case: seconds and rates of this card, and for each op its time, share of the limit, error and ratios.
+
+    `on_case(done, total)` reports progress. Raises UnsupportedError without a GPU: the kernels are made for one.
+    """
+    if jax.default_backend() != "gpu":
+        raise UnsupportedError(f"the kernels run on an NVIDIA GPU, jax found a {jax.default_backend()}")
+    read, matmul = read_rate(), matmul_rate()
+    cases: list[Callable[[], list[Result]]] = [partial(time_decode, name, *case) for name, case in DECODE.items()]
+    cases += [partial(time_extend, tokens) for tokens in EXTEND]
+    cases += [partial(time_write, tokens) for tokens in WRITE]
+    results = []
+    for done, case in enumerate(cases, 1):
+        results += case()
+        on_case(done, len(cases))
+    return summarize(jax.devices()[0].device_kind, read, matmul, results)
+
+
+def summarize(device_kind: str, read: float, matmul: float, results: list[Result]) -> Result:
+    """The results with shares and ratios. `void`: the rates are not those known of this card; None: none are known."""
+    known = next((limits for name, limits in KNOWN_LIMITS.items() if name in device_kind), None)
+    void = None
+    if known is not None:
+        void = any(abs(rate / limit - 1) > TOLERANCE for rate, limit in zip((read, matmul), known))
+    shared = [r | {"share": r["bytes_per_s"] / read if "bytes" in r else r["flops_per_s"] / matmul} for r in results]
+    time = {result["op"]: result["us"] for result in results}
+    pairs = [(SKEWED, BALANCED)] + [(f"extend {tokens}", f"cudnn {tokens}") for tokens in EXTEND]
+    ratios = {f"{ours} / {other}": time[ours] / time[other] for ours, other in pairs if ours in time}
+    return {"device": device_kind, "jax": jax.__version__, "read_bytes_per_s": read, "matmul_flops": matmul,
+            "known_limits": known, "void": void, "ratios": ratios, "results": shared}  # fmt: skip
+
+
+def table(result: Result) -> str:
+    """What `run` gave, for people."""
+    known = result["known_limits"]
+    lines = [f"{result['device']}, jax {result['jax']}: reads {result['read_bytes_per_s'] / 1e12:.2f} TB/s, "
+             f"multiplies {result['matmul_flops'] / 1e12:.0f} TFLOP/s"]  # fmt: skip
+    if known is None:
+        lines.append("No known limit of this card is on record: whether the run was disturbed cannot be told.")
+    elif result["void"]:
+        lines.append(f"This run is VOID: expected {known[0] / 1e12:.2f} TB/s and {known[1] / 1e12:.0f} TFLOP/s "
+                     f"within {TOLERANCE:.0%}.")  # fmt: skip
+    lines.append(f"{'op':<27}{'us':>10}{'spread':>8}{'rate':>16}{'share':>7}{'error':>9}")
+    for r in result["results"]:
+        rate, unit = (r["bytes_per_s"], "TB/s") if "bytes" in r else (r["flops_per_s"], "TFLOP/s")
+        lines.append(f"{r['op']:<27}{r['us']:10.1f}{r['spread']:8.1%}{rate / 1e12:9.2f} {unit:<6}"
+                     f"{r['share']:7.2f}{r['error']:9.1e}")  # fmt: skip
+    lines += [f"{name:<60}{ratio:6.2f}" for name, ratio in result["ratios"].items()]
+    return "\n".join(lines)
+
+
+def paged_inputs(lengths: Sequence[int], heads: Heads) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """K and V pools and enough page tables, disjoint and in random order, for their bytes to exceed the L2 thrice.
+
+    Tables are int32 [rows, pages of the longest row], the null page behind a shorter row's own.
+    """
+    counts = [-(-length // PAGE) for length in lengths]
+    pages = sum(counts)
+    copies = 1 + int(3 * L2_BYTES // (pages * PAGE * 4 * heads.kv * heads.dim))
+    k_pages, v_pages = (normal(seed, copies * pages + 1, heads.kv, PAGE, heads.dim) for seed in (1, 2))
+    own = np.arange(max(counts)) < np.array(counts)[:, None]
+    tables = []
+    for order in np.random.default_rng(0).permutation(copies * pages).reshape(copies, pages):
+        table = np.zeros(own.shape, np.int32)
+        table[own] = order + 1
+        tables.append(jnp.asarray(table))
+    return k_pages, v_pages, tables
+
+
+def time_decode(name: str, row_lengths: Sequence[int], heads: Heads) -> list[Result]:
+    """One new token a row; row r has row_lengths[r] keys."""
+    k_pages, v_pages, tables = paged_inputs(row_lengths, heads)
+    lengths = jnp.asarray(row_lengths, jnp.int32)
+    scale = heads.dim**-0.5
+    decode = partial(kernels.paged_decode, scale=scale)
+    q = normal(3, len(row_lengths), 1, heads.query, heads.dim)
+    # A few rows at a time: the reference gathers all keys of the longest row for each.
+    parts = [slice(i, i + 8) for i in range(0, len(row_lengths), 8)]
+    reference = partial(kernels.paged_decode_reference, scale=scale)
+    expected = [reference(q[part], k_pages, v_pages, tables[0][part], lengths[part]) for part in parts]
+    difference = error(decode(q, k_pages, v_pages, tables[0], lengths), jnp.concatenate(expected))
+    tables = tables * max(1, OPS // len(tables))
+
+    @jax.jit
+    def chain(q, k_pages, v_pages, tables, lengths):
+        for table in tables:
+            q = decode(q, k_pages, v_pages, table, lengths)
+        return q
+
+    time_s, spread = seconds(lambda: chain(q, k_pages, v_pages, tables, lengths), len(tables))
+    size = sum(row_lengths) * heads.kv * heads.dim * 4
+    return [{"op": name, "us": time_s * 1e6, "spread": spread, "bytes": size,
+             "bytes_per_s": size / time_s, "error": difference}]  # fmt: skip
+
+
+def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
+    """One row of new tokens only, beside cuDNN's attention on the same keys and values laid out densely."""
+    k_pages, v_pages, tables = paged_inputs([tokens], heads)
+    tables = tables[:4]
+    starts = jnp.arange(0, tokens, BLOCK_Q, dtype=jnp.int32)
+    one = partial(jnp.full, (1,), dtype=jnp.int32)
+    index = jnp.zeros_like(starts), starts, one(0), one(tokens), one(tokens)
+    scale = heads.dim**-0.5
+    extend = partial(kernels.paged_extend, block_q=BLOCK_Q, scale=scale)
+    dense = [tuple(pool[table[0]].swapaxes(1, 2).reshape(1, tokens, heads.kv, heads.dim) for pool in (k_pages, v_pages))
+             for table in tables]  # fmt: skip
+    attention = partial(jax.nn.dot_product_attention, is_causal=True, scale=scale, implementation="cudnn")
+
+    @jax.jit
+    def paged(q, k_pages, v_pages, tables, index):
+        for table in tables:
+            q = extend(q, k_pages, v_pages, table, *index)
+        return q
+
+    @jax.jit
+    def cudnn(q, dense):
+        for k, v in dense:
+            q = attention(q, k, v)
+        return q
+
+    q = normal(3, tokens, heads.query, heads.dim)
+    difference = error(paged(q, k_pages, v_pages, tables[:1], index), cudnn(q[None], dense[:1])[0])
+    flops = 2 * 2 * heads.query * heads.dim * tokens * (tokens + 1) / 2
+    results = []
+    for name, call in (("extend", lambda: paged(q, k_pages, v_pages, tables, index)),
+                       ("cudnn", lambda: cudnn(q[None], dense))):  # fmt: skip
+        time_s, spread = seconds(call, len(tables))
+        results.append({"op": f"{name} {tokens}", "us": time_s * 1e6, "spread": spread, "flops": flops,
+                        "flops_per_s": flops / time_s, "error": difference})  # fmt: skip
+    return results
+
+
+def time_write(tokens: int, heads: Heads = LLAMA_8B, pages: int = 2**16) -> list[Result]:
+    """Bytes are counted twice: the new keys and values are read and written."""
+    pools = [normal(seed, pages, heads.kv, PAGE, heads.dim) for seed in (1, 2)]
+    k, v = normal(3, tokens, heads.kv, heads.dim), normal(4, tokens, heads.kv, heads.dim)
+    slots = PAGE + np.random.default_rng(0).permutation((pages - 1) * PAGE)[: OPS * tokens].reshape(OPS, tokens)
+    page, offset = jnp.asarray(slots // PAGE, jnp.int32), jnp.asarray(slots % PAGE, jnp.int32)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def chain(k_pages, v_pages, k, v, page, offset):
+        for i in range(OPS):
+            k_pages, v_pages = kernels.kv_write(k_pages, v_pages, k, v, page[i], offset[i])
+        return k_pages, v_pages
+
+    def call() -> list[jax.Array]:
+        pools[:] = chain(*pools, k, v, page, offset)
+        return pools
+
+    time_s, spread = seconds(call, OPS)
+    written = pools[0][page[-1], :, offset[-1]]
+    size = tokens * heads.kv * heads.dim * 2 * 4
+    return [{"op": f"kv_write {tokens}", "us": time_s * 1e6, "spread": spread, "bytes": size,
+             "bytes_per_s": size / time_s, "error": error(written, k)}]  # fmt: skip
+
+
+def error(out: jax.Array, expected: jax.Array) -> float:
+    """Relative to the norm of `expected`."""
+    out, expected = out.astype(jnp.float32), expected.astype(jnp.float32)
+    return float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))

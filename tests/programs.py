@@ -1,0 +1,40 @@
+"""What compiled programs say of themselves: the memory they need, and whether they copy the KV cache."""
+
+import math
+import re
+from functools import partial
+
+import jax
+
+MOVES = re.compile(r"= (.*?) (?:copy|copy-start|transpose)\(")  # the shape of what is copied, or a tuple with it
+
+
+def pool_copies(program, cache):
+    """The lines of the optimized HLO, inside fusions too, that copy as many values as some layer's K or V has."""
+    sizes = {pool.size for pool in jax.tree.leaves(cache)}
+    lines = [(line.strip(), MOVES.search(line)) for line in program.as_text().splitlines()]
+    return [
+        line
+        for line, found in lines
+        if found and sizes & {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", found[1])}
+    ]
+
+
+def compile_undonated(runner, name):
+    """A program of this name as it would be if no argument were donated."""
+    key, arguments = next(job[1:] for job in runner._all_programs() if job[0] == name)
+    return jax.jit(partial(getattr(runner, f"_{name}"), *key)).lower(*arguments).compile()
+
+
+def check_memory(runner):
+    """Every program of a warm runner needs at most what was planned."""
+    assert set(runner._programs) == {(name, *key) for name, key, _ in runner._all_programs()}
+    needs = [program.memory_analysis().temp_size_in_bytes for program in runner._programs.values()]
+    assert 0 < max(needs) <= runner.temporary_bytes, (max(needs), runner.temporary_bytes)
+
+
+def check_no_pool_copies(runner):
+    steps = {key: program for key, program in runner._programs.items() if key[0] in ("decode", "mixed")}
+    assert {key[0] for key in steps} == {"decode", "mixed"}
+    copies = {key: lines for key, program in steps.items() if (lines := pool_copies(program, runner._cache))}
+    assert not copies, copies
