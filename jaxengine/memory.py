@@ -36,7 +36,7 @@ def temporary_bytes(model: ModelConfig, sizes: Sizes, max_logprobs: int, dtype: 
     tokens, rows, vocab = sizes.max_num_batched_tokens, sizes.max_num_seqs, model.vocab_size
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     item = jnp.dtype(dtype).itemsize
-    layer = tokens * (4 * model.hidden_size + 3 * heads + 3 * model.intermediate_size) * max(item, 4)
+    layer = tokens * (4 * model.hidden_size + 3 * heads + 4 * model.intermediate_size) * max(item, 4)
     sampler = 8 * rows * vocab * 4  # logits, distances, weights, noise, and their masks
     scoring = 4 * 128 * vocab * 4 + tokens * (max_logprobs + 2) * 8
     partial = 528 * 2 * model.num_heads * model.head_dim * 4  # split-KV results, see pallas_kernels.paged_decode
