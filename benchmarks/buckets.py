@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.host import PAGE_SIZE, NoDevice
 from benchmarks.workloads import SHAPES, requests
-from jaxengine.benchmark import fixed_length
+from jaxengine.benchmark.serving import fixed_length
 from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.scheduler import Scheduler
