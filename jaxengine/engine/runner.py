@@ -5,8 +5,8 @@ The runner's only inputs are StepInputs and a few commands. Programs take flat l
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -113,6 +113,8 @@ class Runner:
         self._leaves, self._tree = jax.tree.flatten(state)
         self.vocab_size = model.vocab_size
         self._programs: dict[tuple, Any] = {}
+        self._compiling: dict[tuple, Future] = {}
+        self._compiler = ThreadPoolExecutor(thread_name_prefix="jaxengine-compile")
         self.compilations = CompilationCounter()
         self.reset()
 
@@ -144,13 +146,16 @@ class Runner:
         """Frees the device memory that the engine made; parameters are freed when their owner drops them."""
         for array in jax.tree.leaves((self._cache, self._slots, self._rules)):
             array.delete()
-        self._leaves, self._programs = [], {}
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._leaves, self._programs, self._compiling = [], {}, {}
         self.compilations.close()
 
     # -- one step
 
     def submit(self, inputs: StepInputs) -> Flight:
         """Starts a step on the device and returns at once."""
+        if inputs.kind == "mixed":
+            self._prepare(self._soon(inputs))
         self._write_slots(inputs.slot_writes)
         for write in inputs.logit_writes:
             self._write_rules(write)
@@ -229,21 +234,26 @@ class Runner:
 
     def _run(self, name: str, key: tuple, *arguments: Any) -> Any:
         """Calls a program, compiled now if it is needed for the first time."""
-        program = self._programs.get((name, *key))
-        if program is None:
-            program = self._lower(name, key, arguments).compile()
-            self._keep(name, key, program)
-        return program(*arguments)
+        return (self._programs.get((name, *key)) or self._program(name, key))(*arguments)
 
-    def _keep(self, name: str, key: tuple, program: Any) -> None:
-        """Notes a compiled program, and says when it needs more memory than was planned for."""
+    def _program(self, name: str, key: tuple) -> Any:
+        """The compiled program; says when it needs more memory than was planned for."""
+        self._prepare([(name, key)])
+        program = self._programs.get((name, *key)) or self._compiling.pop((name, *key)).result()
         self._programs[name, *key] = program
         size = program.memory_analysis()
         if size is not None and size.temp_size_in_bytes > self.temporary_bytes:
             logger.warning("program %s %s needs %d bytes of temporary memory, %d were planned",
                            name, key, size.temp_size_in_bytes, self.temporary_bytes)  # fmt: skip
+        return program
 
-    def _lower(self, name: str, key: tuple, arguments: tuple) -> Any:
+    def _prepare(self, keys: Iterable[tuple[str, tuple]]) -> None:
+        """Starts to compile what is not there yet: lowered one after another, as tracing is Python; then in threads."""
+        for name, key in keys:
+            if (name, *key) not in self._programs and (name, *key) not in self._compiling:
+                self._compiling[name, *key] = self._compiler.submit(self._lower(name, key).compile)
+
+    def _lower(self, name: str, key: tuple) -> Any:
         cache, rest = named_sharding(self.mesh, AXES), named_sharding(self.mesh)
         # Output shardings are pinned: one that drifts would compile the next step again.
         programs: dict[str, tuple[Callable, tuple[int, ...], Any]] = {
@@ -261,7 +271,7 @@ class Runner:
         if name == "decode" and key[0].rows >= CUBLAS_ROWS and self.mesh.devices.flat[0].platform == "gpu":
             options = {"xla_gpu_enable_triton_gemm": False}
         jitted = jax.jit(partial(function, *key), donate_argnums=donated, out_shardings=out, compiler_options=options)
-        return jitted.lower(*arguments)
+        return jitted.lower(*self._arguments(name, key))
 
     def _model(self, leaves: Sequence[jax.Array]) -> Any:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
@@ -330,60 +340,67 @@ class Runner:
     # -- warm-up
 
     def warmup(self, on_program: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compiles every program that a step can need: lowered one after another, compiled in threads.
-
-        `on_program(done, total)` reports progress.
-        """
-        jobs = self._all_programs()
-        lowered = [self._lower(*job) for job in jobs]
-        with ThreadPoolExecutor() as pool:
-            for done, (job, program) in enumerate(zip(jobs, pool.map(lambda low: low.compile(), lowered)), 1):
-                self._keep(job[0], job[1], program)
-                on_program(done, len(jobs))
+        """Compiles every program that a step can need. `on_program(done, total)` reports progress."""
+        keys = self._all_keys()
+        self._prepare(keys)
+        for done, (name, key) in enumerate(keys, 1):
+            self._program(name, key)
+            on_program(done, len(keys))
         self.compilations.mark_warm()
 
-    def _all_programs(self) -> list[tuple[str, tuple, tuple]]:
-        """(name, static key, arguments) of every program; arguments are the live arrays or NumPy stand-ins."""
-        rows_max, hidden = self.buckets.max_num_seqs, self.model.hidden_size
-        replicated, dtype = named_sharding(self.mesh), self._leaves[0].dtype
+    def _soon(self, inputs: StepInputs) -> list[tuple[str, tuple]]:
+        """What a mixed step runs, and the decode step that likely follows: their first times come together."""
+        programs: list[tuple[str, tuple]] = [("write_slots", ()), ("mixed", (inputs.bucket,))]
+        if inputs.head_bucket is not None:
+            programs.append(("head", (inputs.head_bucket, inputs.mode, inputs.whole_vocab)))
+            if inputs.mode != "everything":
+                programs.append(("decode", (self.buckets.decode(inputs.head_bucket.rows), inputs.mode)))
+        return programs
 
-        def device(shape):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
-
-        slots, rules, leaves = self._slots, self._rules, self._leaves
-        columns, words = slots.tables.shape[2], rules.mask.shape[1]
-        jobs: list[tuple[str, tuple, tuple]] = []
+    def _all_keys(self) -> list[tuple[str, tuple]]:
+        """(name, static key) of every program."""
+        keys: list[tuple[str, tuple]] = []
         for rows in self.buckets.rows:
-            bucket = self.buckets.decode(rows)
-            packed = np.zeros(packed_size("decode", bucket), np.int32)
-            jobs += [("decode", (bucket, mode), (leaves, self._cache, *slots, packed)) for mode in MODES[:2]]
-            bucket = self.buckets.head(rows)
-            packed = np.zeros(packed_size("head", bucket), np.int32)
-            for mode, whole in (*((mode, False) for mode in MODES), ("everything", True)):
-                arguments = (leaves, device((rows_max, hidden)), *slots, rules if mode == "everything" else (), packed)
-                jobs.append(("head", (bucket, mode, whole), arguments))
+            keys += [("decode", (self.buckets.decode(rows), mode)) for mode in MODES[:2]]
+            modes = (*((mode, False) for mode in MODES), ("everything", True))
+            keys += [("head", (self.buckets.head(rows), *mode)) for mode in modes]
         for tokens in self.buckets.tokens:
-            bucket = self.buckets.mixed(tokens)
-            packed = np.zeros(packed_size("mixed", bucket), np.int32)
-            jobs.append(("mixed", (bucket,), (leaves, self._cache, slots.last_token, slots.tables, packed)))
-            jobs.append(("prompt", (tokens,), (leaves, device((tokens, hidden)), np.zeros(tokens, np.int32))))
-            jobs.append(("prompt_vocab", (tokens,), (leaves, device((tokens, hidden)), np.int32(0))))
-        batch = (
-            np.zeros(SLOT_BATCH, np.int32),
-            np.zeros((len(self.groups), SLOT_BATCH, columns), np.int32),
-            np.zeros((SLOT_BATCH, len(SLOT_INTS)), np.int32),
-            np.zeros((SLOT_BATCH, len(SLOT_FLOATS)), np.float32),
-        )
-        jobs.append(("write_slots", (), (*slots[1:], *batch)))
-        mask, ids, values = (
-            np.zeros(words, np.uint32),
-            np.zeros(MAX_LOGIT_BIAS, np.int32),
-            np.zeros(MAX_LOGIT_BIAS, np.float32),
-        )
-        history = np.zeros(self.max_model_len, np.int32)
-        jobs.append(("write_rules", (), (rules, np.zeros(3, np.int32), history, mask, ids, values)))
-        jobs.append(("write_mask", (), (rules.mask, np.int32(0), mask)))
-        return jobs
+            keys += [("mixed", (self.buckets.mixed(tokens),)), ("prompt", (tokens,)), ("prompt_vocab", (tokens,))]
+        return [*keys, ("write_slots", ()), ("write_rules", ()), ("write_mask", ())]
+
+    def _arguments(self, name: str, key: tuple) -> tuple:
+        """What the program is lowered for: the live arrays, and stand-ins for what comes with a step."""
+        slots, rules, leaves = self._slots, self._rules, self._leaves
+
+        def hidden(rows: int) -> jax.ShapeDtypeStruct:
+            shape = (rows, self.model.hidden_size)
+            return jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=named_sharding(self.mesh))
+
+        def packed() -> np.ndarray:
+            return np.zeros(packed_size(name, key[0]), np.int32)
+
+        mask = np.zeros(rules.mask.shape[1], np.uint32)
+        match name:
+            case "decode":
+                return leaves, self._cache, *slots, packed()
+            case "head":
+                rows = hidden(self.buckets.max_num_seqs)
+                return leaves, rows, *slots, rules if key[1] == "everything" else (), packed()
+            case "mixed":
+                return leaves, self._cache, slots.last_token, slots.tables, packed()
+            case "prompt":
+                return leaves, hidden(key[0]), np.zeros(key[0], np.int32)
+            case "prompt_vocab":
+                return leaves, hidden(key[0]), np.int32(0)
+            case "write_slots":
+                tables = np.zeros((len(self.groups), SLOT_BATCH, slots.tables.shape[2]), np.int32)
+                ints, floats = np.zeros((SLOT_BATCH, len(SLOT_INTS)), np.int32), (SLOT_BATCH, len(SLOT_FLOATS))
+                return *slots[1:], np.zeros(SLOT_BATCH, np.int32), tables, ints, np.zeros(floats, np.float32)
+            case "write_rules":
+                ids, values = np.zeros(MAX_LOGIT_BIAS, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
+                return rules, np.zeros(3, np.int32), np.zeros(self.max_model_len, np.int32), mask, ids, values
+            case _:
+                return rules.mask, np.int32(0), mask
 
 
 class CompilationCounter:
