@@ -209,3 +209,31 @@ def test_new_weights_share_no_old_pages():
     while engine.has_work:
         engine.step()
     assert engine.scheduler.prefix_hits == hits == 12
+
+
+def test_who_waits_for_pages_is_not_overtaken_by_a_newcomer():
+    """The second request's last chunk needs a page more than there are, the third would fit into those that are left."""
+    engine = make_engine(pages=12, flights=0, enable_prefix_caching=False)
+    requests = [
+        make_request("old", [1, 2, 3, 4], max_tokens=8),
+        make_request("long", [i % 16 for i in range(48)], max_tokens=1),
+        make_request("new", [5], max_tokens=1),
+    ]
+    rows, original = [], engine.scheduler.schedule
+
+    def schedule():
+        found = original()
+        names = [s.request.request_id for s in engine.scheduler.slots.sequence[found.slots]]
+        rows.append(dict(zip(names, found.count.tolist())))
+        return found
+
+    engine.scheduler.schedule = schedule
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+    waited = [i for i, row in enumerate(rows) if row == {"old": 1}]
+    assert waited, "the long request had to wait"
+    new = next(i for i, row in enumerate(rows) if "new" in row)
+    assert sum(row.get("long", 0) for row in rows[:new]) == 48
