@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -41,6 +41,7 @@ PACKAGES = (
 )  # fmt: skip
 Options = dict[str, inspect.Parameter]
 Given = dict[str, Any]
+FileFormat = Literal["orbax", "safetensors"]
 OutputJson = Annotated[Path | None, typer.Option(help="File for the whole result.")]
 
 
@@ -228,8 +229,11 @@ def read_line() -> str:
 def convert(
     source: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.")],
     destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
+    to: Annotated[
+        FileFormat, typer.Option(help="Orbax, canonical; or safetensors, as transformers has them.")
+    ] = "orbax",
 ) -> None:
-    """Write a model's canonical parameters as an Orbax checkpoint, which `--model DESTINATION` then serves."""
+    """Write a model in another format, which `--model DESTINATION` then serves."""
     import jax
 
     from jaxengine.sharding import create_mesh
@@ -239,7 +243,7 @@ def convert(
     checkpoint = open_checkpoint(source)
     cpu = create_mesh(devices=jax.local_devices(backend="cpu"))  # a model may be larger than the accelerator's memory
     params = load_params(checkpoint, checkpoint.config.dtype, cpu)
-    save_checkpoint(checkpoint, params, destination)
+    save_checkpoint(checkpoint, params, destination, to)
     count = sum(array.size for array in params.values())
     print(f"{destination}: {count:,} parameters of {len(params)} tensors in {checkpoint.config.dtype}")
 

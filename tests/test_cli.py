@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 import pytest
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from jaxengine import cli
@@ -219,6 +220,10 @@ def test_convert_writes_what_the_engine_loads(tmp_path):
     assert all((params[path] == again[path]).all() for path in params)
     with pytest.raises(CheckpointError, match="is there already"):
         CliRunner().invoke(cli.app, ["convert", str(source), str(saved)], catch_exceptions=False)
+    invoke("convert", str(saved), str(tmp_path / "back"), "--to", "safetensors")
+    first, last = (folder / "model.safetensors" for folder in (source, tmp_path / "back"))
+    assert load_file(first).keys() == load_file(last).keys()
+    assert all((tensor == load_file(last)[name]).all() for name, tensor in load_file(first).items())
 
 
 def test_errors_are_one_line(capsys, monkeypatch):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub import errors
+from safetensors.numpy import load_file
 
 from converters import ConversionError
 from converters.tensors import Target
@@ -413,6 +414,31 @@ def test_orbax_and_back(tmp_path, mesh, variant):
     with pytest.raises(CheckpointError, match="is there already"):
         save_checkpoint(checkpoint, params, tmp_path / "new" / "saved")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "shard_bytes"),
+    [pytest.param(variant, 10**9 if i % 2 else 60_000, marks=pytest.mark.full if i % 6 else ())
+     for i, variant in enumerate(tiny.variants())],
+)  # fmt: skip
+def test_safetensors_to_orbax_to_safetensors_changes_no_bit(tmp_path, mesh, variant, shard_bytes):
+    source = open_checkpoint(tiny.write_checkpoint(variant, tmp_path / "source"))
+    dtype = source.config.dtype
+    save_checkpoint(source, load_params(source, dtype, mesh), tmp_path / "orbax")
+    orbax = open_checkpoint(tmp_path / "orbax")
+    save_checkpoint(orbax, load_params(orbax, dtype, mesh), tmp_path / "back", "safetensors", shard_bytes)
+    back = open_checkpoint(tmp_path / "back")
+    assert (back.format, back.config) == ("safetensors", source.config)
+    files = sorted((tmp_path / "back").glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_bytes == 60_000)
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = tiny.tensors(variant)
+    if variant == "gpt2_bare":  # as the oldest files are; written is what transformers writes today
+        expected = {f"transformer.{name}": tensor for name, tensor in expected.items()}
+    assert stored.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (stored[name].dtype, stored[name].shape) == (tensor.dtype, tensor.shape)
+        assert stored[name].tobytes() == tensor.tobytes(), name
 
 
 def test_orbax_faults(tmp_path, mesh):

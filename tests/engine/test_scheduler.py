@@ -212,7 +212,7 @@ def test_new_weights_share_no_old_pages():
 
 
 def test_who_waits_for_pages_is_not_overtaken_by_a_newcomer():
-    """The second request's last chunk needs a page more than there are, the third would fit into those that are left."""
+    """The second request's last chunk needs a page more than there are; the third would fit into what is left."""
     engine = make_engine(pages=12, flights=0, enable_prefix_caching=False)
     requests = [
         make_request("old", [1, 2, 3, 4], max_tokens=8),
