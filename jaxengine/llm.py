@@ -18,6 +18,7 @@ from jaxengine.errors import ConfigError, EngineError, RequestError, Unsupported
 from jaxengine.frontend import Frontend, is_token_ids
 from jaxengine.progress import progress_bar
 from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams
+from jaxengine.scoring import LogLikelihood, Scorer
 from jaxengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,42 @@ class LLM:
         single = isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0)
         parsed = self.frontend.token_ids([prompts] if single else list(prompts))
         return beam_search(self.generate, self.frontend, parsed, params, use_tqdm)
+
+    def loglikelihood(
+        self, pairs: Iterable[tuple[Any, Any]], *, use_tqdm: bool | Callable[..., Any] = True
+    ) -> list[LogLikelihood]:
+        """The log-likelihood of each continuation under its context, in the order given.
+
+        A pair holds two texts, cut into tokens as lm-evaluation-harness does it, or two lists of token ids. What pairs
+        have in common at the beginning is computed once (with the prefix cache on). An empty context becomes the
+        beginning-of-sequence token, or else the end-of-sequence one. A pair of more than max_model_len - 1 tokens loses
+        the beginning of its context.
+
+        >>> with LLM() as llm:
+        ...     good, bad = llm.loglikelihood([("import", " os"), ("import", " xyz")], use_tqdm=False)
+        >>> good.logprob > bad.logprob
+        True
+
+        Raises RequestError for an empty continuation, or one that is too long.
+        """
+        return self._scorer.pairs(pairs, use_tqdm)
+
+    def loglikelihood_rolling(
+        self, texts: Iterable[Any], *, use_tqdm: bool | Callable[..., Any] = True
+    ) -> list[LogLikelihood]:
+        """The log-likelihood of each whole text (or list of token ids), however long, for perplexities.
+
+        The first token's context is the beginning-of-sequence token, or else the end-of-sequence one. Longer texts are
+        scored in windows of max_model_len - 2 new tokens, each with as much before them as fits, one token at least.
+        Raises RequestError for an empty text.
+        """
+        return self._scorer.rolling(texts, use_tqdm)
+
+    @property
+    def _scorer(self) -> Scorer:
+        starts = (self.model_config.bos_token_id, *self.frontend.eos_token_ids)
+        prefix = next((token for token in starts if token is not None), None)
+        return Scorer(self.generate, lambda text: self.get_tokenizer().encode(text, False), prefix, self.max_model_len)
 
     def encode(self, text: str | Sequence[str], add_special_tokens: bool = True) -> list[int] | list[list[int]]:
         """Token ids of a text, or of each text."""
@@ -334,8 +371,7 @@ def _later(name: str, instead: str) -> Any:
 
 
 for _name, _instead in {
-    "score": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
-    "loglikelihood": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
+    "score": "loglikelihood gives that of continuations under their contexts",
     "logprobs": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
     "embed": "only generation is served",
     "rerank": "only generation is served",
