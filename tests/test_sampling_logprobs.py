@@ -55,7 +55,7 @@ def test_neutral_log_probabilities(mode):
 T, E, CHUNK = 50, 8, 16
 
 
-prompt_logprobs_jit = jax.jit(prompt_logprobs, static_argnums=(1, 3, 4))
+prompt_logprobs_jit = jax.jit(prompt_logprobs, static_argnums=(1, 4, 5))
 
 
 def prompt():
@@ -68,7 +68,7 @@ def prompt():
 @pytest.mark.parametrize("k", [0, 5])
 def test_prompt_log_probabilities(k):
     hidden, head, targets = prompt()
-    found = prompt_logprobs_jit(hidden, head, targets, k, CHUNK)
+    found = prompt_logprobs_jit(hidden, head, np.arange(T), targets, k, CHUNK)
     logits = np.asarray(head(hidden))
     expected = log_softmax(logits)
     own = expected[np.arange(T), targets]
@@ -78,15 +78,33 @@ def test_prompt_log_probabilities(k):
     np.testing.assert_allclose(
         found.top_logprobs, np.take_along_axis(expected, np.asarray(found.top_ids), -1), atol=1e-5
     )
-    whole = prompt_logprobs_jit(hidden, head, targets, k, 1000)
+    whole = prompt_logprobs_jit(hidden, head, np.arange(T), targets, k, 1000)
     for a, b in zip(found, whole):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_head_is_computed_for_what_is_asked_for():
+    hidden, head, targets = prompt()
+    rows = []
+
+    def counted(x):
+        jax.debug.callback(lambda count: rows.append(int(count)), len(x))
+        return head(x)
+
+    places, asked = np.full(T, -1, np.int32), [40, 3, 4, 17, 0]
+    places[:5] = asked
+    found = prompt_logprobs(jnp.asarray(hidden), counted, places, np.roll(targets, 7), 5, CHUNK)
+    jax.effects_barrier()
+    assert rows == [CHUNK]
+    everything = prompt_logprobs_jit(hidden[asked], head, np.arange(5), np.roll(targets, 7)[:5], 5, CHUNK)
+    for a, b in zip(found, everything):
+        np.testing.assert_allclose(a[:5], b, atol=1e-5)
 
 
 def test_prompt_log_probabilities_of_the_whole_vocabulary():
     hidden, head, targets = prompt()
     whole = np.asarray(jax.jit(prompt_vocab_logprobs, static_argnums=1)(hidden[:CHUNK], head))
-    found = prompt_logprobs_jit(hidden[:CHUNK], head, targets[:CHUNK], 5, CHUNK)
+    found = prompt_logprobs_jit(hidden[:CHUNK], head, np.arange(CHUNK), targets[:CHUNK], 5, CHUNK)
     assert whole.dtype == np.float32
     assert whole[np.arange(CHUNK), targets[:CHUNK]].tolist() == found.logprob.tolist()
     assert np.take_along_axis(whole, np.asarray(found.top_ids), -1).tolist() == found.top_logprobs.tolist()
@@ -98,9 +116,9 @@ def shapes(function, *args):
 
 def test_prompt_logits_exist_by_the_chunk_only():
     hidden, head, targets = prompt()
-    chunked = shapes(lambda h, t: prompt_logprobs(h, head, t, 5, CHUNK), hidden, targets)
+    chunked = shapes(lambda h, t: prompt_logprobs(h, head, np.arange(T), t, 5, CHUNK), hidden, targets)
     assert (CHUNK, V) in chunked  # the walk does see what is inside
     assert (
         max(shape[-2] * shape[-3] if len(shape) > 2 else shape[0] for shape in chunked if shape[-1:] == (V,)) == CHUNK
     )
-    assert (T, V) in shapes(lambda h, t: prompt_logprobs(h, head, t, 5, T), hidden, targets)
+    assert (T, V) in shapes(lambda h, t: prompt_logprobs(h, head, np.arange(T), t, 5, T), hidden, targets)

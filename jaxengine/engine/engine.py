@@ -16,7 +16,7 @@ from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.sequence import Request, Sequence
 from jaxengine.engine.slots import Rows
 from jaxengine.errors import EngineError, RequestError
-from jaxengine.step import StepInputs, StepOutputs
+from jaxengine.step import PromptSpan, StepInputs, StepOutputs
 
 
 class TextSink(Protocol):
@@ -42,7 +42,7 @@ class _Step:
 
     rows: Rows
     flight: Flight
-    vocab_spans: Seq[tuple[int, int]]  # tokens whose successors' whole distributions come back
+    prompt_spans: Seq[PromptSpan]  # what was asked about prompts
 
 
 class _DeviceFailure(Exception):
@@ -137,7 +137,7 @@ class Engine:
             rows, inputs = build_batch(rows, slots, self.buckets, self.vocab_size)
             with self._device(rows):
                 flight = self.runner.submit(inputs)
-            self._steps.append(_Step(rows, flight, inputs.prompt_vocab_spans))
+            self._steps.append(_Step(rows, flight, inputs.prompt_spans))
         self._torn = False
         return len(rows) > 0
 
@@ -199,15 +199,13 @@ class Engine:
 
     def _keep_prompt_logprobs(self, step: _Step, outputs: StepOutputs) -> None:
         assert outputs.prompt is not None
-        rows, slots = step.rows, self.scheduler.slots
-        whole = {start: part for (start, _), part in zip(step.vocab_spans, outputs.prompt_vocab, strict=True)}
-        asking = slots.live[rows.slots] & slots.asks_prompt[rows.slots]
-        first = np.cumsum(rows.count) - rows.count
-        columns = (rows.slots, first, rows.start, rows.count)
-        for slot, i, start, count in zip(*(column[asking].tolist() for column in columns), strict=True):
-            sequence = slots.sequence[slot]
-            _keep_prompt_logprobs(sequence, start, count, [part[i:] for part in outputs.prompt], whole.get(i))
-            slots.asks_prompt[slot] = sequence.next_prompt_logprob is not None
+        slots, whole = self.scheduler.slots, iter(outputs.prompt_vocab)
+        for span in step.prompt_spans:
+            rows = next(whole) if span.whole else None
+            if slots.live[span.slot]:
+                sequence = slots.sequence[span.slot]
+                _keep_prompt_logprobs(sequence, span, outputs.prompt, rows)
+                slots.asks_prompt[span.slot] = sequence.next_prompt_logprob is not None
 
     def _finish(self, sequence: Sequence, reason: str, stop: int | str | None = None) -> None:
         if not sequence.finished:
@@ -342,20 +340,19 @@ def _keep_logprobs(sequence: Sequence, outputs: StepOutputs, i: int) -> None:
 
 
 def _keep_prompt_logprobs(
-    sequence: Sequence, start: int, computed: int, prompt: Seq[np.ndarray], whole: np.ndarray | None
+    sequence: Sequence, span: PromptSpan, prompt: Seq[np.ndarray], whole: np.ndarray | None
 ) -> None:
-    """The hidden state at position p, `start` the first of those computed, gives the prompt's token at p + 1."""
+    """The hidden state at position p gives the prompt's token at p + 1."""
     first, wanted = sequence.next_prompt_logprob, sequence.params.prompt_logprobs
-    count = 0 if first is None else min(start + computed + 1, sequence.num_prompt) - first
-    if first is None or count <= 0:
+    if first is None or (count := span.position + span.count + 1 - first) <= 0:
         return
-    offset = first - 1 - start
-    logprob, rank, top_ids, top_logprobs = (part[offset : offset + count] for part in prompt)
+    offset = span.count - count
+    logprob, rank, top_ids, top_logprobs = (part[span.begin + offset : span.begin + span.count] for part in prompt)
     if whole is None:
         best = zip(top_ids[:, :wanted].copy(), top_logprobs[:, :wanted].copy(), strict=True)
     else:
         # From the same program as the rest of the vocabulary: another one may round otherwise.
-        rows = whole[offset : offset + count]
+        rows = whole[offset:]
         best = map(_ranked, rows)  # type: ignore[assignment]
         logprob = rows[np.arange(count), sequence.tokens[first : first + count]]
         rank = 1 + (rows > logprob[:, None]).sum(axis=1)

@@ -190,11 +190,12 @@ class Runner:
             self._slots = self._slots._replace(last_token=last)
             self._rules = rules or self._rules
         spans = []
-        if inputs.prompt_targets is not None:
-            found = self._run("prompt", (inputs.bucket.tokens,), self._leaves, hidden, inputs.prompt_targets)
+        if inputs.prompt_asked is not None:
+            found = self._run("prompt", (inputs.bucket.tokens,), self._leaves, hidden, inputs.prompt_asked)
             arrays = {**arrays, "prompt": found}
             # The whole vocabulary goes to the host chunk by chunk: on the device it would not fit.
-            spans = [self._vocab_logprobs(hidden, *span) for span in inputs.prompt_vocab_spans]
+            whole = [(span.token, span.token + span.count) for span in inputs.prompt_spans if span.whole]
+            spans = [self._vocab_logprobs(hidden, *span) for span in whole]
         return Flight(arrays, spans)
 
     def _vocab_logprobs(self, hidden: jax.Array, start: int, end: int) -> np.ndarray:
@@ -329,9 +330,9 @@ class Runner:
         rules = rules._replace(counts=count_tokens(rules.counts, slots, drawn.tokens))
         return last_token, rules, drawn._asdict()
 
-    def _prompt(self, tokens, leaves, hidden, targets):
+    def _prompt(self, tokens, leaves, hidden, asked):
         head = self._model(leaves).head
-        return prompt_logprobs(hidden, head, targets, self.config.max_logprobs, min(PROMPT_CHUNK, tokens))
+        return prompt_logprobs(hidden, head, asked[0], asked[1], self.config.max_logprobs, min(PROMPT_CHUNK, tokens))
 
     def _prompt_vocab(self, tokens, leaves, hidden, first):
         chunk = jax.lax.dynamic_slice_in_dim(hidden, first, min(PROMPT_CHUNK, tokens))
@@ -389,7 +390,7 @@ class Runner:
             case "mixed":
                 return leaves, self._cache, slots.last_token, slots.tables, packed()
             case "prompt":
-                return leaves, hidden(key[0]), np.zeros(key[0], np.int32)
+                return leaves, hidden(key[0]), np.zeros((2, key[0]), np.int32)
             case "prompt_vocab":
                 return leaves, hidden(key[0]), np.int32(0)
             case "write_slots":
