@@ -23,7 +23,7 @@ from jaxengine.progress import counting_bar
 from jaxengine.sharding import create_mesh
 from jaxengine.text import TextSink
 from jaxengine.tokenizer import Tokenizer
-from jaxengine.weights import Checkpoint, load_params, open_checkpoint
+from jaxengine.weights import Checkpoint, checkpoint_in_memory, load_params, open_checkpoint
 from jaxengine.weights.hub import locate
 
 logger = logging.getLogger(__name__)
@@ -63,20 +63,22 @@ class Parts:
 
 def assemble(
     *,
-    model: str | os.PathLike,
+    model: Any,
+    model_config: Any,
     tokenizer: str | os.PathLike | None,
     config: EngineConfig,
     **source: Any,
 ) -> Parts:
-    """`source` goes to weights.open_checkpoint. Raises what LLM says."""
+    """`source` goes to weights.open_checkpoint, where `model` is no tree of parameters. Raises what LLM says."""
     _set_compilation_cache(config.compilation_cache)
-    checkpoint = open_checkpoint(model, **source)
+    borrowed = not isinstance(model, str | os.PathLike)
+    checkpoint = checkpoint_in_memory(model, model_config) if borrowed else open_checkpoint(model, **source)
     mesh = config.mesh or create_mesh()
     device = mesh.devices.flat[0]
     if device.platform not in PLATFORMS:
         raise ConfigError(f"{device.platform=} is not one of {sorted(PLATFORMS)}")
     defaults = PLATFORMS[device.platform]
-    config = _resolve(config, checkpoint.config, defaults, device)
+    config = _resolve(config, checkpoint.config, defaults, device, borrowed)
     assert config.max_model_len and config.max_num_seqs and config.max_num_batched_tokens
     sizes = Sizes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.page_size)
     words = _load_tokenizer(tokenizer, checkpoint, source.get("download_dir"))
@@ -97,7 +99,7 @@ def assemble(
     runner = Runner(
         config, checkpoint.config, params, groups=groups, num_pages=num_pages, buckets=buckets,
         max_model_len=sizes.max_model_len, cache_dtype=config.kv_cache_dtype, attention=config.attention,
-        temporary_bytes=temporary, mesh=mesh,
+        temporary_bytes=temporary, mesh=mesh, borrowed=borrowed,
     )  # fmt: skip
     scheduler = Scheduler(
         groups, num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs,
@@ -123,7 +125,9 @@ def assemble(
     return Parts(config, checkpoint.config, words, checkpoint.sampling_defaults, frontend, runner, engine)
 
 
-def _resolve(config: EngineConfig, model: ModelConfig, defaults: PlatformDefaults, device: jax.Device) -> EngineConfig:
+def _resolve(
+    config: EngineConfig, model: ModelConfig, defaults: PlatformDefaults, device: jax.Device, borrowed: bool
+) -> EngineConfig:
     """The same config with every None and "auto" decided. Raises ConfigError."""
     longest = model.max_position_embeddings
     length = config.max_model_len or longest
@@ -142,7 +146,7 @@ def _resolve(config: EngineConfig, model: ModelConfig, defaults: PlatformDefault
     dtype = config.dtype
     if dtype == "auto":
         wide = model.dtype if model.dtype in ("float16", "bfloat16") else "bfloat16"
-        dtype = "float32" if device.platform == "cpu" else wide
+        dtype = model.dtype if borrowed else "float32" if device.platform == "cpu" else wide
     attention = defaults.attention if config.attention == "auto" else config.attention
     if attention == "triton" and device.platform != "gpu":
         raise ConfigError(f"attention='triton' needs an NVIDIA GPU, this is a {device.platform}; use 'auto' or 'xla'")
@@ -154,6 +158,7 @@ def _resolve(config: EngineConfig, model: ModelConfig, defaults: PlatformDefault
     return replace(
         config, max_model_len=length, max_num_seqs=rows, max_num_batched_tokens=tokens, dtype=dtype,
         kv_cache_dtype=cache_dtype, attention=attention,
+        fuse_weights=not borrowed if config.fuse_weights is None else config.fuse_weights,
     )  # fmt: skip
 
 
@@ -173,7 +178,8 @@ def _load_weights(checkpoint: Checkpoint, config: EngineConfig, mesh: jax.shardi
             params = load_params(checkpoint, config.dtype, mesh, seed=config.seed, on_tensor=progress)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         # What prepare no longer needs is free only when it is done, and the plan counts what is free.
-        return jax.block_until_ready(prepare(checkpoint.config, params, config.fuse_weights, transpose=on_cpu))
+        fuse = bool(config.fuse_weights)
+        return jax.block_until_ready(prepare(checkpoint.config, params, fuse, transpose=on_cpu))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

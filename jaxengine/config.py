@@ -102,7 +102,8 @@ class EngineConfig:
     attention: str = "auto"  # auto | reference | xla | triton
     max_logprobs: int = 20  # largest SamplingParams.logprobs; -1 (whole vocabulary) is always possible
     logprobs_mode: str = "raw"  # raw: the model's distribution; processed: the one the token was drawn from
-    fuse_weights: bool = True  # one product for q, k, v and one for gate, up
+    # One product for q, k, v and one for gate, up: a second copy of parameters that are in memory already, and faster.
+    fuse_weights: bool | None = None  # None: for weights that the engine loads, not for those that it is handed
     seed: int = 0  # of requests that name none, and of dummy weights
     compilation_cache: bool | str | Path = True  # False: none; a path: there; True: jax's setting or a default folder
     enforce_eager: bool = False  # compile each program when it is first needed; contradicts warmup=True

@@ -37,8 +37,9 @@ class LLM:
 
     def __init__(
         self,
-        model: str | os.PathLike | None = None,
+        model: Any = None,
         *,
+        config: Any = None,
         tokenizer: str | os.PathLike | None = None,
         revision: str | None = None,
         load_format: str = "auto",
@@ -52,6 +53,9 @@ class LLM:
         """Loads the model and plans the memory; programs are compiled when they are first needed, or by `warmup=True`.
 
         model: hub id, folder (HuggingFace or Orbax) or GGUF file; None: the small code model that ships with jaxengine.
+        Or parameters in memory, see docs/trainer.md: an nnx.Module of ours, its state, or a tree of arrays by canonical
+        or by transformers' names; then `config` says what they are of: config.json's content, a transformers config,
+        or a ModelConfig.
         tokenizer: hub id or folder of another tokenizer. load_format: auto, safetensors, gguf, orbax or dummy (seeded
         random weights). hf_overrides: replaces entries of the checkpoint's config. generation_config: "auto" takes
         sampling defaults and further end-of-sequence ids from the checkpoint, "off" does not. block_size: another name
@@ -67,22 +71,27 @@ class LLM:
             )
         if generation_config not in ("auto", "off"):
             raise ConfigError(f"{generation_config=} must be 'auto' or 'off'")
-        if model is not None and not isinstance(model, str | os.PathLike):
-            raise UnsupportedError(
-                f"model of type {type(model).__name__}: parameters in memory are not served yet; write them as an "
-                "Orbax checkpoint and give its folder"
+        if model is None or isinstance(model, str | os.PathLike):
+            if config is not None:
+                raise ConfigError("config= is for parameters in memory; hf_overrides= changes what a checkpoint says")
+        elif config is None:
+            raise ConfigError(
+                f"model of type {type(model).__name__}: parameters in memory need config=, which says what they are "
+                "of: config.json's content, a transformers config, or a ModelConfig"
             )
+        elif load_format != "auto" or revision is not None or hf_overrides:
+            raise ConfigError("load_format=, revision= and hf_overrides= are of checkpoints, the model is in memory")
         if block_size is not None:
             options = {"page_size": block_size} | options
         if unknown := set(options) - set(engine_option_names()):
             raise ConfigError(f"LLM has no option {sorted(unknown)}; those of the engine are {engine_option_names()}")
-        config = EngineConfig(**options)
+        engine_config = EngineConfig(**options)
         from jaxengine import assembly  # jax and the model: not before the options are known to be good
 
         parts = assembly.assemble(
             model=SHIPPED_MODEL if model is None else model, tokenizer=tokenizer, revision=revision,
             load_format=load_format, download_dir=download_dir, hf_overrides=hf_overrides,
-            use_generation_config=generation_config == "auto", config=config,
+            use_generation_config=generation_config == "auto", config=engine_config, model_config=config,
         )  # fmt: skip
         self.config: EngineConfig = parts.config
         self.model_config: ModelConfig = parts.model

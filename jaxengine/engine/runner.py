@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.batch import Buckets
+from jaxengine.errors import EngineError
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
 from jaxengine.layers.attention import AttentionInputs, Implementation
 from jaxengine.models import build
@@ -100,7 +101,10 @@ class Runner:
         attention: str,
         temporary_bytes: int,
         mesh: Mesh,
+        borrowed: bool = False,
     ):
+        """`borrowed`: someone else may delete `params`; that is looked for before each step."""
+        self._borrowed = borrowed
         self.config, self.model, self.mesh, self.buckets = config, model, mesh, buckets
         self.groups, self.num_pages, self.cache_dtype = groups, num_pages, cache_dtype
         self.attention = cast(Implementation, attention)
@@ -153,7 +157,12 @@ class Runner:
     # -- one step
 
     def submit(self, inputs: StepInputs) -> Flight:
-        """Starts a step on the device and returns at once."""
+        """Starts a step on the device and returns at once. Raises EngineError when the parameters were deleted."""
+        if self._borrowed and any(leaf.is_deleted() for leaf in self._leaves):
+            raise EngineError(
+                "the parameters that the engine was handed are deleted: a training step that donates them took them. "
+                "Hand it a copy (jax.tree.map(jnp.copy, params)), or make a new engine of the step's results"
+            )
         if inputs.kind == "mixed":
             self._prepare(self._soon(inputs))
         self._write_slots(inputs.slot_writes)

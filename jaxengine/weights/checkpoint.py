@@ -40,13 +40,14 @@ class Checkpoint:
     """An open checkpoint; its weights are still on the disk."""
 
     path: Path
-    format: str  # safetensors | gguf | orbax | dummy
+    format: str  # safetensors | gguf | orbax | dummy | memory
     config: ModelConfig
     sampling_defaults: dict[str, Any]  # SamplingParams' names
     tokenizer_source: Any  # what Tokenizer.load takes; None: there is no tokenizer
     hf_config: Mapping[str, Any] = field(repr=False, default_factory=dict)  # config.json, overrides included
     generation_config: Mapping[str, Any] = field(repr=False, default_factory=dict)
-    reader: Any = field(repr=False, default=None)  # names() and read(name) of its tensors; None for orbax and dummy
+    reader: Any = field(repr=False, default=None)  # names() and read(name) of its tensors; None for the others
+    arrays: Mapping[str, Any] = field(repr=False, default_factory=dict)  # those in memory, by canonical name
 
 
 def open_checkpoint(
@@ -103,19 +104,27 @@ def _open(path: Path, load_format: str, overrides: Mapping[str, Any], use_genera
         reader = SafetensorsCheckpoint(path)
         reader.names()  # a file that is missing or corrupt shows here
     hf_config = {**hf_config, **_plain(overrides)}
+    more_ends: tuple[int, ...] = ()
+    defaults: dict[str, Any] = {}
+    if use_generation_config:
+        more_ends, defaults = token_ids("eos_token_id", generation.get("eos_token_id")), _sampling_defaults(generation)
+    config = read_config(hf_config, _usual_dtype(reader), more_ends)
+    if use_generation_config:
+        log.info("%s: its generation config gives %s; it ends with any of %s",
+                 path, defaults or "no defaults", config.eos_token_ids)  # fmt: skip
+    return Checkpoint(path, kind, config, defaults, tokenizer, hf_config, generation, reader)
+
+
+def read_config(hf_config: Mapping[str, Any], dtype: str, more_ends: tuple[int, ...]) -> ModelConfig:
+    """What config.json says; `dtype` where it names none."""
     arguments = model_config(hf_config)
-    arguments.setdefault("dtype", _usual_dtype(reader))
+    arguments.setdefault("dtype", dtype)
     if arguments.get("rope"):
         arguments["rope"] = RopeConfig(**arguments["rope"])
-    ends, defaults = arguments["eos_token_ids"], {}
-    if use_generation_config:
-        ends += token_ids("eos_token_id", generation.get("eos_token_id"))
-        defaults = _sampling_defaults(generation)
-        log.info("%s: its generation config gives %s; it ends with any of %s", path, defaults or "no defaults", ends)
     # transformers' default ids may lie beyond a small vocabulary: such a token is never drawn.
-    arguments["eos_token_ids"] = tuple(i for i in dict.fromkeys(ends) if i < arguments["vocab_size"])
-    config = ModelConfig(**arguments)
-    return Checkpoint(path, kind, config, defaults, tokenizer, hf_config, generation, reader)
+    ends = dict.fromkeys((*arguments["eos_token_ids"], *more_ends))
+    arguments["eos_token_ids"] = tuple(i for i in ends if i < arguments["vocab_size"])
+    return ModelConfig(**arguments)
 
 
 def raise_faults(path: Path, faults: list[str]) -> None:

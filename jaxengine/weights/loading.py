@@ -32,7 +32,11 @@ def load_params(
     """
     specs = param_specs(checkpoint.config)
     report = on_tensor or (lambda done, total: None)
-    if checkpoint.format == "dummy":
+    if checkpoint.format == "memory":
+        from jaxengine.weights.in_memory import place
+
+        params = place(checkpoint.arrays, specs, dtype, mesh)
+    elif checkpoint.format == "dummy":
         from jaxengine.weights.dummy import random_params
 
         params = random_params(specs, dtype, mesh, seed)
