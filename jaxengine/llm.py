@@ -18,6 +18,7 @@ from jaxengine.errors import ConfigError, EngineError, RequestError, Unsupported
 from jaxengine.frontend import Frontend, is_token_ids
 from jaxengine.progress import progress_bar
 from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams
+from jaxengine.scoring import Score, encode_pairs, score_pairs, score_rolling
 from jaxengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,63 @@ class LLM:
         single = isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0)
         parsed = self.frontend.token_ids([prompts] if single else list(prompts))
         return beam_search(self.generate, self.frontend, parsed, params, use_tqdm)
+
+    # -- scores
+
+    def score(
+        self,
+        pairs: Sequence[tuple[Any, Any]],
+        *,
+        add_special_tokens: bool = True,
+        truncate: bool = False,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[Score]:
+        """How probable each continuation is behind its context: one Score for each pair, in their order.
+
+        pairs: (context, continuation), two texts or two lists of token ids. Pairs of one context are computed together
+        and share it through the prefix cache. Tokens are cut as in lm-evaluation-harness: the context's trailing spaces
+        belong to the continuation, and an empty context is the BOS token (EOS, where there is none).
+        add_special_tokens: the context gets what the tokenizer puts before a text. truncate: a context too long for
+        max_model_len loses its first tokens; otherwise it raises.
+
+        Raises RequestError for bad input, EngineError when the device fails.
+
+        >>> with LLM() as llm:
+        ...     scores = llm.score([("import os", "\\nimport sys"), ("import os", "\\n)))")], use_tqdm=False)
+        >>> scores[0].logprob > scores[1].logprob
+        True
+        """
+        ids = encode_pairs(list(pairs), self.encode, self._prefix_token, add_special_tokens)  # type: ignore[arg-type]
+        return score_pairs(
+            self.generate, ids, max_length=self.max_model_len, truncate=truncate, use_tqdm=use_tqdm
+        )  # fmt: skip
+
+    def loglikelihood(self, pairs: Sequence[tuple[Any, Any]], **how: Any) -> list[tuple[float, bool]]:
+        """`score`, as lm-evaluation-harness has it: (sum of log-probabilities, is it what greedy decoding gives)."""
+        return [(score.logprob, score.is_greedy) for score in self.score(pairs, **how)]
+
+    def score_rolling(self, texts: Sequence[Any], *, use_tqdm: bool | Callable[..., Any] = True) -> list[Score]:
+        """How probable whole texts are (texts, or lists of token ids): one Score of all tokens of each.
+
+        The first token stands behind BOS (EOS, where there is none), which is not scored. A text longer than
+        max_model_len comes in windows, as in lm-evaluation-harness with a context of one token. Raises like `score`.
+        """
+        ids = [self.get_tokenizer().encode(text, False) if isinstance(text, str) else list(text) for text in texts]
+        return score_rolling(
+            self.generate, ids, self._prefix_token(), max_length=self.max_model_len, use_tqdm=use_tqdm
+        )  # fmt: skip
+
+    def loglikelihood_rolling(self, texts: Sequence[Any], **how: Any) -> list[float]:
+        """The sums of `score_rolling`."""
+        return [score.logprob for score in self.score_rolling(texts, **how)]
+
+    def _prefix_token(self) -> int:
+        tokenizer = self.get_tokenizer()
+        for name in ("bos_token", "eos_token"):
+            text = tokenizer.special_tokens.get(name)
+            if text is not None and (token := tokenizer.token_id(text)) is not None:
+                return token
+        raise RequestError("an empty context needs a BOS or EOS token, and the tokenizer names none: give a context")
 
     def encode(self, text: str | Sequence[str], add_special_tokens: bool = True) -> list[int] | list[list[int]]:
         """Token ids of a text, or of each text."""
@@ -334,9 +392,7 @@ def _later(name: str, instead: str) -> Any:
 
 
 for _name, _instead in {
-    "score": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
-    "loglikelihood": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
-    "logprobs": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
+    "logprobs": "score and score_rolling give the log-probabilities of given text",
     "embed": "only generation is served",
     "rerank": "only generation is served",
     "run_batch": "generate takes an iterable of prompts, and its outputs have to_pandas()",

@@ -28,7 +28,7 @@ class SlotTable:
     drawn      ------------------------------------------>|  those that the host has not seen yet included
     computed   -------------------------------------->|      in the pages once every flight has landed
 
-    A prompt that nothing is drawn for counts as drawn up to its last token but one: that one is known, and never computed.
+    Where nothing is to be drawn, the prompt's last token counts as the next one, which is known: it is not computed.
 
     Pages of all cache groups have the same columns; page 0 lies behind a window, given back.
     """
