@@ -18,7 +18,7 @@ from jaxengine.errors import ConfigError, EngineError, RequestError, Unsupported
 from jaxengine.frontend import Frontend, is_token_ids
 from jaxengine.progress import progress_bar
 from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams
-from jaxengine.scoring import LogLikelihood, Scorer
+from jaxengine.scoring import Score, encode_pairs, score_pairs, score_rolling
 from jaxengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -185,41 +185,62 @@ class LLM:
         parsed = self.frontend.token_ids([prompts] if single else list(prompts))
         return beam_search(self.generate, self.frontend, parsed, params, use_tqdm)
 
-    def loglikelihood(
-        self, pairs: Iterable[tuple[Any, Any]], *, use_tqdm: bool | Callable[..., Any] = True
-    ) -> list[LogLikelihood]:
-        """The log-likelihood of each continuation under its context, in the order given.
+    # -- scores
 
-        A pair holds two texts, cut into tokens as lm-evaluation-harness does it, or two lists of token ids. What pairs
-        have in common at the beginning is computed once (with the prefix cache on). An empty context becomes the
-        beginning-of-sequence token, or else the end-of-sequence one. A pair of more than max_model_len - 1 tokens loses
-        the beginning of its context.
+    def score(
+        self,
+        pairs: Sequence[tuple[Any, Any]],
+        *,
+        add_special_tokens: bool = True,
+        truncate: bool = False,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[Score]:
+        """How probable each continuation is behind its context: one Score for each pair, in their order.
+
+        pairs: (context, continuation), two texts or two lists of token ids. Pairs of one context are computed together
+        and share it through the prefix cache. Tokens are cut as in lm-evaluation-harness: the context's trailing spaces
+        belong to the continuation, and an empty context is the BOS token (EOS, where there is none).
+        add_special_tokens: the context gets what the tokenizer puts before a text. truncate: a context too long for
+        max_model_len loses its first tokens; otherwise it raises.
+
+        Raises RequestError for bad input, EngineError when the device fails.
 
         >>> with LLM() as llm:
-        ...     good, bad = llm.loglikelihood([("import", " os"), ("import", " xyz")], use_tqdm=False)
-        >>> good.logprob > bad.logprob
+        ...     scores = llm.score([("import os", "\\nimport sys"), ("import os", "\\n)))")], use_tqdm=False)
+        >>> scores[0].logprob > scores[1].logprob
         True
-
-        Raises RequestError for an empty continuation, or one that is too long.
         """
-        return self._scorer.pairs(pairs, use_tqdm)
+        ids = encode_pairs(list(pairs), self.encode, self._prefix_token, add_special_tokens)  # type: ignore[arg-type]
+        return score_pairs(
+            self.generate, ids, max_length=self.max_model_len, truncate=truncate, use_tqdm=use_tqdm
+        )  # fmt: skip
 
-    def loglikelihood_rolling(
-        self, texts: Iterable[Any], *, use_tqdm: bool | Callable[..., Any] = True
-    ) -> list[LogLikelihood]:
-        """The log-likelihood of each whole text (or list of token ids), however long, for perplexities.
+    def loglikelihood(self, pairs: Sequence[tuple[Any, Any]], **how: Any) -> list[tuple[float, bool]]:
+        """`score`, as lm-evaluation-harness has it: (sum of log-probabilities, is it what greedy decoding gives)."""
+        return [(score.logprob, score.is_greedy) for score in self.score(pairs, **how)]
 
-        The first token's context is the beginning-of-sequence token, or else the end-of-sequence one. Longer texts are
-        scored in windows of max_model_len - 2 new tokens, each with as much before them as fits, one token at least.
-        Raises RequestError for an empty text.
+    def score_rolling(self, texts: Sequence[Any], *, use_tqdm: bool | Callable[..., Any] = True) -> list[Score]:
+        """How probable whole texts are (texts, or lists of token ids): one Score of all tokens of each.
+
+        The first token stands behind BOS (EOS, where there is none), which is not scored. A text longer than
+        max_model_len comes in windows, as in lm-evaluation-harness with a context of one token. Raises like `score`.
         """
-        return self._scorer.rolling(texts, use_tqdm)
+        ids = [self.get_tokenizer().encode(text, False) if isinstance(text, str) else list(text) for text in texts]
+        return score_rolling(
+            self.generate, ids, self._prefix_token(), max_length=self.max_model_len, use_tqdm=use_tqdm
+        )  # fmt: skip
 
-    @property
-    def _scorer(self) -> Scorer:
-        starts = (self.model_config.bos_token_id, *self.frontend.eos_token_ids)
-        prefix = next((token for token in starts if token is not None), None)
-        return Scorer(self.generate, lambda text: self.get_tokenizer().encode(text, False), prefix, self.max_model_len)
+    def loglikelihood_rolling(self, texts: Sequence[Any], **how: Any) -> list[float]:
+        """The sums of `score_rolling`."""
+        return [score.logprob for score in self.score_rolling(texts, **how)]
+
+    def _prefix_token(self) -> int:
+        tokenizer = self.get_tokenizer()
+        for name in ("bos_token", "eos_token"):
+            text = tokenizer.special_tokens.get(name)
+            if text is not None and (token := tokenizer.token_id(text)) is not None:
+                return token
+        raise RequestError("an empty context needs a BOS or EOS token, and the tokenizer names none: give a context")
 
     def encode(self, text: str | Sequence[str], add_special_tokens: bool = True) -> list[int] | list[list[int]]:
         """Token ids of a text, or of each text."""
@@ -380,8 +401,7 @@ def _later(name: str, instead: str) -> Any:
 
 
 for _name, _instead in {
-    "score": "loglikelihood gives that of continuations under their contexts",
-    "logprobs": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
+    "logprobs": "score and score_rolling give the log-probabilities of given text",
     "embed": "only generation is served",
     "rerank": "only generation is served",
     "run_batch": "generate takes an iterable of prompts, and its outputs have to_pandas()",

@@ -1,138 +1,181 @@
-"""Log-likelihoods: texts become pairs of tokens, pairs become requests, outputs become sums. Knows no engine.
+"""Log-likelihood: (context, continuation) pairs become requests that share their context, and outputs become sums.
 
-A request's prompt is context and continuation. The engine is asked for the log-probabilities of the continuation's
-tokens only, and requests with one context share its pages, so that it is computed once.
+Boundaries between tokens, windows and the token before an empty context are those of lm-evaluation-harness.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jaxengine.errors import RequestError
-from jaxengine.request import Logprobs, SamplingParams
+from jaxengine.request import RequestOutput, SamplingParams
 
-Encode = Callable[[str], list[int]]  # without special tokens
-
-
-class Pair(NamedTuple):
-    """Token ids."""
-
-    context: list[int]
-    continuation: list[int]
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of context and continuation
+Encode = Callable[[Sequence[str], bool], list[list[int]]]  # texts, add_special_tokens
 
 
 @dataclass(frozen=True)
-class LogLikelihood:
-    """Of a continuation under its context, natural logarithms."""
+class Score:
+    """Log-probabilities (natural logarithm) of a continuation's n tokens, each given all before it."""
 
-    logprob: float  # the sum
-    is_greedy: bool  # is each token the most probable in its place (the lowest id among equals)?
-    token_ids: np.ndarray  # int64 [tokens of the continuation]
-    token_logprobs: np.ndarray  # float32, likewise
+    token_ids: np.ndarray  # int64 [n]
+    logprobs: np.ndarray  # float32 [n]
+    greedy: np.ndarray  # bool [n]: is it the most probable token in its place, the lowest id among equals?
+    num_context_tokens: int  # that were looked at; of a rolling score, of all windows
+    num_computed_tokens: int  # that the model ran on: not those of the prefix cache, nor the last one, a target only
+    num_truncated_tokens: int = 0  # of the context, dropped at its beginning
 
-    @classmethod
-    def of(cls, logprobs: Logprobs) -> "LogLikelihood":
-        """From a prompt's log-probabilities with at least the best token of each place."""
-        tokens, values = logprobs.token_ids, logprobs.logprobs
-        greedy = bool((logprobs.top_token_ids[:, 0] == tokens).all())
-        return cls(float(values.sum(dtype=np.float64)), greedy, tokens, values)
+    @property
+    def logprob(self) -> float:
+        """The sum."""
+        return float(self.logprobs.sum(dtype=np.float64))
 
-    @classmethod
-    def join(cls, parts: Sequence["LogLikelihood"]) -> "LogLikelihood":
-        """Of one text that was scored in parts."""
-        tokens, values = (np.concatenate(arrays) for arrays in zip(*((p.token_ids, p.token_logprobs) for p in parts)))
-        return cls(float(values.sum(dtype=np.float64)), all(part.is_greedy for part in parts), tokens, values)
-
-
-def encode_pair(encode: Encode, context: str, continuation: str) -> Pair:
-    """As lm-evaluation-harness cuts: spaces at the context's end belong to the continuation, whose tokens are those
-    that the whole text has behind the context's own."""
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
-        context, continuation = context[:-spaces], context[-spaces:] + continuation
-    own = encode(context) if context else []
-    return Pair(own, encode(context + continuation)[len(own) :])
+    @property
+    def is_greedy(self) -> bool:
+        """Would greedy decoding have given just this continuation?"""
+        return bool(self.greedy.all())
 
 
-def truncate(pair: Pair, longest: int) -> Pair:
-    """At most `longest` tokens, by leaving out the beginning of the context; one token of it stays."""
-    return Pair(pair.context[max(0, len(pair.context) + len(pair.continuation) - longest) :], pair.continuation)
+def encode_pairs(
+    pairs: Sequence[tuple[Any, Any]], encode: Encode, prefix_token: Callable[[], int], add_special_tokens: bool
+) -> list[Pair]:
+    """Token ids of pairs of texts, or of token ids; both of a pair are of one kind.
 
-
-def rolling_pairs(tokens: Sequence[int], prefix: int, longest: int) -> Iterator[Pair]:
-    """Pairs of at most `longest` tokens whose continuations are `tokens`, each once, each with all the context that
-    fits (lm-evaluation-harness: rolling windows with a context of one token). The first is given `prefix` alone."""
-    size = longest - 1  # tokens that a window predicts
-    yield Pair([prefix], list(tokens[:size]))
-    for start in range(size, len(tokens), size):
-        end = min(start + size, len(tokens))
-        yield Pair(list(tokens[max(0, end - longest) : start]), list(tokens[start:end]))
-
-
-class Scorer:
-    """Scores through `generate(prompts, params, use_tqdm=)`, which answers in order.
-
-    `encode`: a text's token ids without special tokens. `prefix`: the token that stands for an empty context.
+    The continuation's ids are those of `context + continuation` behind as many as `context` has alone; spaces at the
+    end of the context go to the continuation first. An empty context is the prefix token. Raises RequestError.
     """
+    checked = [_checked(pair) for pair in pairs]
+    texts = [_move_spaces(*pair) for pair in checked if isinstance(pair[0], str) and pair[0]]
+    contexts = list(dict.fromkeys(context for context, _ in texts))
+    ids_of = dict(zip(contexts, encode(contexts, add_special_tokens))) if contexts else {}
+    whole = iter(encode([a + b for a, b in texts], add_special_tokens) if texts else ())
+    alone = [continuation for context, continuation in checked if context == ""]
+    without_context = iter(encode(alone, False) if alone else ())
+    found: list[Pair] = []
+    for context, continuation in checked:
+        if isinstance(context, str) and context:
+            ids = ids_of[_move_spaces(context, continuation)[0]]
+            pair: Pair = ids, next(whole)[len(ids) :]
+        elif isinstance(context, str):
+            pair = [], next(without_context)
+        else:
+            pair = context, continuation
+        if not len(pair[1]):
+            raise RequestError(f"the continuation {continuation!r} behind {context!r:.200} has no tokens")
+        if not len(pair[0]):  # a text that begins with the prefix token itself has its context already
+            first = prefix_token()
+            rest = pair[1][1:] if pair[1][0] == first and len(pair[1]) > 1 else pair[1]
+            pair = [first], rest
+        found.append(pair)
+    return found
 
-    def __init__(self, generate: Callable[..., Any], encode: Encode, prefix: int | None, max_model_len: int):
-        self._generate, self._encode, self._prefix = generate, encode, prefix
-        self._longest = max_model_len - 1  # the engine draws a token, which no one wants
 
-    def pairs(self, pairs: Iterable[tuple[Any, Any]], use_tqdm: Any) -> list[LogLikelihood]:
-        """See LLM.loglikelihood."""
-        found = [truncate(self._pair(i, *pair), self._longest) for i, pair in enumerate(pairs)]
-        for i, pair in enumerate(found):
-            if not 0 < len(pair.continuation) < self._longest:
-                raise RequestError(
-                    f"pair {i}: a continuation of {len(pair.continuation)} tokens, where 1 to {self._longest - 1} can "
-                    "be scored; the engine's max_model_len decides"
-                )
-        return self._score(found, use_tqdm)
+def _checked(pair: Any) -> tuple[Any, Any]:
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+        raise RequestError(f"a pair is (context, continuation), not {pair!r:.200}")
+    context, continuation = pair
+    if isinstance(context, str) != isinstance(continuation, str):
+        raise RequestError(f"context and continuation must both be texts or both token ids, not {pair!r:.200}")
+    return context, continuation
 
-    def rolling(self, texts: Iterable[Any], use_tqdm: Any) -> list[LogLikelihood]:
-        """See LLM.loglikelihood_rolling."""
-        windows = []
-        for i, text in enumerate(texts):
-            tokens = self._encode(text) if isinstance(text, str) else list(text)
-            if not tokens:
-                raise RequestError(f"text {i} has no tokens")
-            windows.append(list(rolling_pairs(tokens, self._prefixed([])[0], self._longest)))
-        scored = iter(self._score([pair for pairs in windows for pair in pairs], use_tqdm))
-        return [LogLikelihood.join([next(scored) for _ in pairs]) for pairs in windows]
 
-    def _pair(self, i: int, context: Any, continuation: Any) -> Pair:
-        if isinstance(context, str) != isinstance(continuation, str):
-            raise RequestError(f"pair {i}: context and continuation must be two texts, or two lists of token ids")
-        if isinstance(context, str):
-            context, continuation = encode_pair(self._encode, context, continuation)
-        return Pair(self._prefixed(list(context)), list(continuation))
+def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + continuation
 
-    def _prefixed(self, context: list[int]) -> list[int]:
-        if context:
-            return context
-        if self._prefix is None:
+
+def score_pairs(
+    generate: Callable[..., Sequence[RequestOutput]],
+    pairs: Sequence[Pair],
+    *,
+    max_length: int,
+    truncate: bool,
+    use_tqdm: Any,
+) -> list[Score]:
+    """Scores in the order of the pairs; `generate` is LLM.generate. max_length: tokens of a pair together.
+
+    truncate: drops the first tokens of a context that is too long, else that is a RequestError; a continuation that
+    leaves no room for one token before it always is.
+    """
+    for context, continuation in pairs:
+        length = len(context) + len(continuation)
+        if len(continuation) >= max_length or (length > max_length and not truncate):
             raise RequestError(
-                "an empty context needs a token that stands for it, and the model has neither a beginning-of-sequence "
-                "nor an end-of-sequence one: give a context of token ids"
+                f"a context of {len(context)} and a continuation of {len(continuation)} tokens exceed "
+                f"max_model_len={max_length}; truncate=True shortens contexts from the left, continuations must fit"
             )
-        return [self._prefix]
+    dropped = [max(0, len(a) + len(b) - max_length) for a, b in pairs]
+    kept = [(list(a)[drop:], list(b)) for (a, b), drop in zip(pairs, dropped)]
+    order = by_context(kept)
+    params = [
+        SamplingParams(
+            max_tokens=0, temperature=0, prompt_logprobs=1, prompt_logprobs_start=len(kept[i][0]), detokenize=False
+        )
+        for i in order
+    ]
+    outputs = generate([[*kept[i][0], *kept[i][1]] for i in order], params, use_tqdm=use_tqdm) if order else []
+    found = {i: _score(output, len(kept[i][0]), dropped[i]) for i, output in zip(order, outputs)}
+    return [found[i] for i in range(len(pairs))]
 
-    def _score(self, pairs: Sequence[Pair], use_tqdm: Any) -> list[LogLikelihood]:
-        """Requests go by context, the longest first: those that share one stand together, and steps fill evenly."""
-        order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i].context), pairs[i].context))
-        params = [
-            SamplingParams(temperature=0, max_tokens=1, detokenize=False, prompt_logprobs=1,
-                           prompt_logprobs_start=len(pairs[i].context))
-            for i in order
-        ]  # fmt: skip
-        prompts = [[*pairs[i].context, *pairs[i].continuation] for i in order]
-        outputs = self._generate(prompts, params, use_tqdm=use_tqdm) if prompts else []
-        found = {}
-        for i, output in zip(order, outputs):
-            if output.error is not None:
-                raise output.error
-            found[i] = LogLikelihood.of(output.prompt_logprobs)
-        return [found[i] for i in range(len(pairs))]
+
+def by_context(pairs: Sequence[Pair]) -> list[int]:
+    """The order in which pairs are computed: those of one context together, long ones first.
+
+    The first of a context computes it for the others; what is short comes last and fills the last steps.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (context, _) in enumerate(pairs):
+        groups.setdefault(tuple(context), []).append(i)
+    for group in groups.values():
+        group.sort(key=lambda i: -len(pairs[i][1]))
+    longest = sorted(groups.items(), key=lambda item: -len(item[0]) - len(pairs[item[1][0]][1]))
+    return [i for _, group in longest for i in group]
+
+
+def _score(output: RequestOutput, num_context: int, dropped: int) -> Score:
+    if output.error is not None:
+        raise output.error
+    found = output.prompt_logprobs
+    assert found is not None
+    greedy = found.top_token_ids[:, 0] == found.token_ids
+    computed = len(output.prompt_token_ids) - 1 - output.num_cached_tokens
+    return Score(found.token_ids, found.logprobs, greedy, num_context, computed, dropped)
+
+
+def rolling_windows(tokens: Sequence[int], prefix_token: int, max_length: int) -> Iterator[Pair]:
+    """Pairs of at most `max_length` tokens whose continuations are `tokens` in order, each token once.
+
+    As lm-evaluation-harness cuts them with a context of one token: the first window stands behind the prefix token,
+    each other one behind the last token of the one before; the last window is as long as the others, so it looks
+    back further.
+    """
+    size = max_length - 1
+    for start in range(0, len(tokens), size):
+        end = min(start + size, len(tokens))
+        yield [prefix_token] if start == 0 else tokens[end - size - 1 : start], tokens[start:end]
+
+
+def score_rolling(
+    generate: Callable[..., Sequence[RequestOutput]],
+    texts: Sequence[Sequence[int]],
+    prefix_token: int,
+    *,
+    max_length: int,
+    use_tqdm: Any,
+) -> list[Score]:
+    """Scores of whole texts, given as token ids, in windows; see `rolling_windows`."""
+    windows = [list(rolling_windows(text, prefix_token, max_length)) for text in texts]
+    pairs = [pair for own in windows for pair in own]
+    scores = iter(score_pairs(generate, pairs, max_length=max_length, truncate=False, use_tqdm=use_tqdm))
+    return [_join([next(scores) for _ in own]) for own in windows]
+
+
+def _join(windows: Sequence[Score]) -> Score:
+    """One score of a text's windows."""
+    arrays = [(w.token_ids, w.logprobs, w.greedy) for w in windows]
+    empty = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool)
+    tokens, logprobs, greedy = map(np.concatenate, zip(empty, *arrays))
+    context, computed = (sum(getattr(w, f"num_{name}_tokens") for w in windows) for name in ("context", "computed"))
+    return Score(tokens, logprobs, greedy, context, computed)

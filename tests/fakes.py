@@ -89,6 +89,9 @@ def expected(request: Request, windows: Sequence[int | None], vocab: int, index:
             ]
             hiddens.append(mix(*seen))
 
+    if request.max_tokens == 0:
+        compute(prompt - 1)
+        reason = "length"
     while reason is None:
         compute(len(tokens))
         output = len(tokens) - prompt

@@ -167,6 +167,7 @@ class Engine:
             if request.params.logprobs is not None:
                 _keep_logprobs(sequence, outputs, i)
         self._apply_stops(noted, tokens[notable].tolist())
+        noted += self._end_scored(rows)
         for sequence in noted:
             if sequence.finished:
                 self._report(sequence.request)
@@ -193,6 +194,15 @@ class Engine:
                 self._finish(sequence, "stop", None if stop in sequence.request.eos_token_ids else stop)
             elif sequence.num_output >= sequence.request.max_tokens:
                 self._finish(sequence, "length")
+
+    def _end_scored(self, rows: Rows) -> list[Sequence]:
+        """Ends the sequences that nothing is drawn for and that have their log-probabilities now."""
+        slots = self.scheduler.slots
+        last = rows.start + rows.count + 1 == slots.end[rows.slots]
+        scored = slots.sequence[rows.slots[last & ~rows.samples & slots.live[rows.slots]]].tolist()
+        for sequence in scored:
+            self._finish(sequence, "length")
+        return scored
 
     def _stop_ids(self, request: Request) -> list[int]:
         return [token for token in request.stop_token_ids if token < self.vocab_size]

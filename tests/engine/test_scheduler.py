@@ -107,13 +107,14 @@ def test_scores_wait_for_their_context_too():
     context = [i % 16 for i in range(40)]
     engine = make_engine(pages=100, max_num_batched_tokens=16)
     requests = [
-        make_request(i, [*context, i, 1], max_tokens=1, prompt_logprobs=0, prompt_logprobs_start=41) for i in range(4)
+        make_request(i, [*context, i, 1], max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=41) for i in range(4)
     ]
     for request in requests:
         engine.add(request)
     while engine.has_work:
         engine.step()
-    assert engine.runner.computed == 40 + 4 * 2
+    assert engine.runner.computed == 40 + 4  # the last token is never computed, and nothing is drawn
+    assert not any(request.sequences[0].num_output for request in requests)
     assert all(len(request.sequences[0].prompt_logprobs) == 1 for request in requests)
 
 
