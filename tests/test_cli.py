@@ -227,7 +227,7 @@ def test_errors_are_one_line(capsys, monkeypatch):
         cli.main()
 
 
-@pytest.mark.parametrize("command", ["serve", "run-batch", "complete"])
+@pytest.mark.parametrize("command", ["serve", "complete"])
 def test_what_is_not_there_is_said(command):
     result = CliRunner().invoke(cli.app, [command])
     assert result.exit_code == 2

@@ -117,7 +117,7 @@ def test_a_model_in_memory_is_not_served_yet():
         LLM({"params": 1})
 
 
-@pytest.mark.parametrize("name", ["logprobs", "embed", "rerank", "run_batch", "sleep",
+@pytest.mark.parametrize("name", ["logprobs", "embed", "rerank", "sleep",
                                   "wake_up", "update_weights", "apply_model"])  # fmt: skip
 def test_what_is_not_built_yet(llm, name):
     with pytest.raises(UnsupportedError, match=f"LLM.{name} is not built yet; "):
