@@ -1,4 +1,4 @@
-"""`jaxengine generate | chat | run-batch | convert | bench | collect-env`: options and defaults are the library's own."""
+"""`jaxengine generate | chat | run-batch | convert | bench | collect-env`: options and defaults are the library's."""
 
 import importlib.metadata
 import inspect
