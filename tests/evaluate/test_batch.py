@@ -177,7 +177,7 @@ def test_runs_of_other_models_or_parameters_are_not_mixed(tmp_path):
         run([completion(1)], out, defaults={"top_p": 0.5})
     with pytest.raises(ConfigError, match=r"source.model.files was .*; source.model.name was 'llama', now 'windows'"):
         run([completion(1)], out, llm=shared_llm("windows"))
-    with fresh_llm(seed=5) as llm, pytest.raises(ConfigError, match="engine.seed was 0, now 5"):
+    with fresh_llm(seed=5) as llm, pytest.raises(ConfigError, match=r"engine\.seed was 0, now 5"):
         run([completion(1)], out, llm=llm)
     assert out.read_bytes() == before
     with fresh_llm(max_num_seqs=8, enable_prefix_caching=False) as llm:  # these change no answer

@@ -121,7 +121,7 @@ def test_a_full_disk_loses_nothing(path, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(module.os, "write", full.write)
             journal.append([record("a")])
-            with pytest.raises(OSError, match="No space left on device; .* start the same run again") as failed:
+            with pytest.raises(OSError, match=r"No space left on device; .* start the same run again") as failed:
                 journal.append([record(str(i)) for i in range(10)])
         assert failed.value.errno == errno.ENOSPC and full.room == 0
         assert [r["custom_id"] for r in records_of(path)] == ["a"]

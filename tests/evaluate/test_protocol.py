@@ -131,7 +131,7 @@ def test_a_chat_is_what_chat_gives():
         assert choice["message"] == {"role": "assistant", "content": want.text, "refusal": None}
         rows = choice["logprobs"]["content"]
         np.testing.assert_allclose([row["logprob"] for row in rows], want.logprobs.logprobs, atol=1e-4)
-        assert all([top["logprob"] for top in row["top_logprobs"]][0] == row["logprob"] for row in rows)
+        assert all(row["top_logprobs"][0]["logprob"] == row["logprob"] for row in rows)
         assert all(len(row["top_logprobs"]) == 2 for row in rows)
     assert found["object"] == "chat.completion"
     limited = {**GREEDY, "max_tokens": None, "max_completion_tokens": 3}
