@@ -15,6 +15,7 @@ from jaxengine.beam_search import BeamSearchOutput, beam_search
 from jaxengine.config import EngineConfig, ModelConfig, engine_option_names
 from jaxengine.engine.loop import EngineLoop
 from jaxengine.errors import ConfigError, EngineError, RequestError, UnsupportedError
+from jaxengine.evaluate.batch import BatchSummary, run_batch
 from jaxengine.frontend import Frontend, is_token_ids
 from jaxengine.progress import progress_bar
 from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams
@@ -86,6 +87,12 @@ class LLM:
         if unknown := set(options) - set(engine_option_names()):
             raise ConfigError(f"LLM has no option {sorted(unknown)}; those of the engine are {engine_option_names()}")
         engine_config = EngineConfig(**options)
+        named = SHIPPED_MODEL if model is None else model
+        self.source = {  # what the weights are, for records of runs; without a name for parameters in memory
+            "model": str(named) if isinstance(named, str | os.PathLike) else None, "revision": revision,
+            "load_format": load_format, "tokenizer": None if tokenizer is None else str(tokenizer),
+            "hf_overrides": dict(hf_overrides or {}), "generation_config": generation_config,
+        }  # fmt: skip
         from jaxengine import assembly  # jax and the model: not before the options are known to be good
 
         parts = assembly.assemble(
@@ -210,7 +217,7 @@ class LLM:
         >>> scores[0].logprob > scores[1].logprob
         True
         """
-        ids = encode_pairs(list(pairs), self.encode, self._prefix_token, add_special_tokens)  # type: ignore[arg-type]
+        ids = encode_pairs(list(pairs), self.encode, self.prefix_token, add_special_tokens)  # type: ignore[arg-type]
         return score_pairs(
             self.generate, ids, max_length=self.max_model_len, truncate=truncate, use_tqdm=use_tqdm
         )  # fmt: skip
@@ -227,14 +234,15 @@ class LLM:
         """
         ids = [self.get_tokenizer().encode(text, False) if isinstance(text, str) else list(text) for text in texts]
         return score_rolling(
-            self.generate, ids, self._prefix_token(), max_length=self.max_model_len, use_tqdm=use_tqdm
+            self.generate, ids, self.prefix_token(), max_length=self.max_model_len, use_tqdm=use_tqdm
         )  # fmt: skip
 
     def loglikelihood_rolling(self, texts: Sequence[Any], **how: Any) -> list[float]:
         """The sums of `score_rolling`."""
         return [score.logprob for score in self.score_rolling(texts, **how)]
 
-    def _prefix_token(self) -> int:
+    def prefix_token(self) -> int:
+        """What stands before a text that has nothing before it: BOS, or EOS. Raises RequestError when there is none."""
         tokenizer = self.get_tokenizer()
         for name in ("bos_token", "eos_token"):
             text = tokenizer.special_tokens.get(name)
@@ -248,6 +256,14 @@ class LLM:
         if isinstance(text, str):
             return tokenizer.encode(text, add_special_tokens)
         return tokenizer.encode_batch(text, add_special_tokens)
+
+    def run_batch(self, source: Any, sink: Any, **options: Any) -> BatchSummary:
+        """Answers a batch in OpenAI's format, line by line; started again it goes on where it was stopped.
+
+        source: a JSONL, CSV or parquet file, or an iterable of lines ({"custom_id", "url", "body"}). sink: a JSONL
+        file, or a function that takes each record. options: see jaxengine.evaluate.batch.run_batch.
+        """
+        return run_batch(self, source, sink, **options)
 
     # -- state
 
@@ -343,6 +359,10 @@ class LLM:
         finally:
             self.abort(active)
 
+    def requests(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[Any]:
+        """What `start` takes, one for each prompt, all checked. Raises RequestError. For front ends of ours."""
+        return list(self._requests(list(prompts), params, 0)[0])
+
     def raise_if_ended(self) -> None:
         """Raises EngineError when the engine was closed or cannot go on."""
         self._loop.raise_if_ended()
@@ -404,7 +424,6 @@ for _name, _instead in {
     "logprobs": "score and score_rolling give the log-probabilities of given text",
     "embed": "only generation is served",
     "rerank": "only generation is served",
-    "run_batch": "generate takes an iterable of prompts, and its outputs have to_pandas()",
     "sleep": "close() the engine and make a new one",
     "wake_up": "close() the engine and make a new one",
     "update_weights": "write the parameters as an Orbax checkpoint and make a new engine of it",

@@ -99,25 +99,32 @@ def score_pairs(
     truncate: drops the first tokens of a context that is too long, else that is a RequestError; a continuation that
     leaves no room for one token before it always is.
     """
-    for context, continuation in pairs:
-        length = len(context) + len(continuation)
-        if len(continuation) >= max_length or (length > max_length and not truncate):
-            raise RequestError(
-                f"a context of {len(context)} and a continuation of {len(continuation)} tokens exceed "
-                f"max_model_len={max_length}; truncate=True shortens contexts from the left, continuations must fit"
-            )
-    dropped = [max(0, len(a) + len(b) - max_length) for a, b in pairs]
-    kept = [(list(a)[drop:], list(b)) for (a, b), drop in zip(pairs, dropped)]
+    kept = [fit(pair, max_length, truncate) for pair in pairs]
     order = by_context(kept)
-    params = [
-        SamplingParams(
-            max_tokens=0, temperature=0, prompt_logprobs=1, prompt_logprobs_start=len(kept[i][0]), detokenize=False
-        )
-        for i in order
-    ]
-    outputs = generate([[*kept[i][0], *kept[i][1]] for i in order], params, use_tqdm=use_tqdm) if order else []
-    found = {i: _score(output, len(kept[i][0]), dropped[i]) for i, output in zip(order, outputs)}
+    prompts, params = [[*kept[i][0], *kept[i][1]] for i in order], [score_params(kept[i]) for i in order]
+    outputs = generate(prompts, params, use_tqdm=use_tqdm) if order else []
+    dropped = [len(pair[0]) - len(short[0]) for pair, short in zip(pairs, kept)]
+    found = {i: score_of(output, dropped[i]) for i, output in zip(order, outputs)}
     return [found[i] for i in range(len(pairs))]
+
+
+def fit(pair: Pair, max_length: int, truncate: bool) -> Pair:
+    """The pair within `max_length` tokens. Raises RequestError for one that `score_pairs` would not take."""
+    context, continuation = pair
+    excess = len(context) + len(continuation) - max_length
+    if len(continuation) >= max_length or (excess > 0 and not truncate):
+        raise RequestError(
+            f"a context of {len(context)} and a continuation of {len(continuation)} tokens exceed "
+            f"max_model_len={max_length}; truncate=True shortens contexts from the left, continuations must fit"
+        )
+    return context[max(0, excess) :], continuation
+
+
+def score_params(pair: Pair) -> SamplingParams:
+    """What the request for a pair, its prompt both after each other, asks for."""
+    return SamplingParams(
+        max_tokens=0, temperature=0, prompt_logprobs=1, prompt_logprobs_start=len(pair[0]), detokenize=False
+    )
 
 
 def by_context(pairs: Sequence[Pair]) -> list[int]:
@@ -134,12 +141,14 @@ def by_context(pairs: Sequence[Pair]) -> list[int]:
     return [i for _, group in longest for i in group]
 
 
-def _score(output: RequestOutput, num_context: int, dropped: int) -> Score:
+def score_of(output: RequestOutput, dropped: int = 0) -> Score:
+    """The score that a request for a pair brought. Raises the request's error."""
     if output.error is not None:
         raise output.error
     found = output.prompt_logprobs
     assert found is not None
     greedy = found.top_token_ids[:, 0] == found.token_ids
+    num_context = len(output.prompt_token_ids) - len(found.token_ids)
     computed = len(output.prompt_token_ids) - 1 - output.num_cached_tokens
     return Score(found.token_ids, found.logprobs, greedy, num_context, computed, dropped)
 

@@ -37,10 +37,11 @@ TABLE: dict[str, set[str]] = {
     "assembly": EVERYBODY
     | {"engine", "weights", "tokenizer", "text", "frontend", "memory", "progress", "models", "kv_cache", "sharding"},
     "beam_search": EVERYBODY | {"frontend", "progress", "request"},
-    "llm": EVERYBODY | {"assembly", "frontend", "beam_search", "progress", "engine", "tokenizer", "request", "scoring"},
+    "llm": EVERYBODY
+    | {"assembly", "frontend", "beam_search", "progress", "engine", "tokenizer", "request", "scoring", "evaluate"},
     "async_llm": EVERYBODY | {"llm", "request", "tokenizer"},
     "handoff": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
-    "evaluate": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
+    "evaluate": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer", "progress"},
     "serve": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
     "benchmark": EVERYBODY | {"request", "pallas_kernels", "weights", "sharding"},
     "jaxengine": EVERYBODY | {"llm", "async_llm", "request"},

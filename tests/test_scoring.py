@@ -133,8 +133,8 @@ def test_preempted_scores_are_the_same():
 
 def test_boundaries_are_those_of_lm_evaluation_harness():
     llm, encode = shared_llm(), shared_llm().encode
-    bos = llm._prefix_token()
-    pairs = encode_pairs(TEXTS, encode, llm._prefix_token, True)
+    bos = llm.prefix_token()
+    pairs = encode_pairs(TEXTS, encode, llm.prefix_token, True)
     for (context, continuation), (context_ids, ids) in zip(TEXTS, pairs, strict=True):
         if context == "":
             assert (context_ids, ids) == ([bos], encode(continuation, False))
@@ -144,8 +144,8 @@ def test_boundaries_are_those_of_lm_evaluation_harness():
             assert ids == encode(context + continuation)[len(context_ids) :]
     assert "x" in llm.get_tokenizer().decode(pairs[2][1]) and llm.get_tokenizer().decode(pairs[2][1])[0] == " "
     assert_scores("llama", pairs, llm.score(TEXTS, use_tqdm=False))
-    assert encode_pairs([([], [7])], encode, llm._prefix_token, True) == [([bos], [7])]
-    assert encode_pairs([([], [bos, 7])], encode, llm._prefix_token, True) == [([bos], [7])]
+    assert encode_pairs([([], [7])], encode, llm.prefix_token, True) == [([bos], [7])]
+    assert encode_pairs([([], [bos, 7])], encode, llm.prefix_token, True) == [([bos], [7])]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_rolling_windows_are_those_of_lm_evaluation_harness(length, max_length):
 
 @KINDS
 def test_rolling_scores(kind):
-    llm, bos = shared_llm(kind), shared_llm(kind)._prefix_token()
+    llm, bos = shared_llm(kind), shared_llm(kind).prefix_token()
     long = np.random.default_rng(1).integers(3, VOCAB, 400).tolist()
     scores = llm.score_rolling([long, "def f():\n    return 1", []], use_tqdm=False)
     first, second = want_logprobs(kind, [bos], long[:255])[0], want_logprobs(kind, long[144:255], long[255:])[0]
