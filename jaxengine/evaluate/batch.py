@@ -35,7 +35,6 @@ class BatchSummary:
 class _Line:
     """A line whose requests run."""
 
-    key: str
     custom_id: str | None
     number: int
     job: Job
@@ -200,7 +199,7 @@ class _Run:
         if line.get("method", "POST") != "POST":
             raise RequestError(f"method={line['method']!r} must be 'POST'")
         llm, asked = self.server.llm, job(self.server, line.get("url", ""), line.get("body"), key)
-        started = _Line(key, custom_id, number, asked, llm.requests(asked.prompts, asked.params))
+        started = _Line(custom_id, number, asked, llm.requests(asked.prompts, asked.params))
         for place, request in enumerate(started.requests):
             self._active[request.request_id] = started
             llm.start(request, partial(self._tell, started, place), every_step=False)

@@ -70,7 +70,7 @@ class Journal:
 
     def append(self, records: Iterable[Record]) -> None:
         """Writes records and waits until they are on the disk. Raises OSError, and then none of them is there."""
-        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        data = b"".join(_encoded(record) for record in records)
         try:
             left = memoryview(data)
             while left:
@@ -155,6 +155,13 @@ class Journal:
         os.close(before)
         self._lock()
         self._end = os.fstat(self._file).st_size
+
+
+def _encoded(record: Record) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and UTF-8 cannot
+        return json.dumps(record).encode() + b"\n"
 
 
 def line_key(number: int) -> str:

@@ -65,7 +65,7 @@ class Server:
         params = replace(self.llm.get_default_sampling_params(), **{**more, **self.defaults, **asked})
         if params.seed is not None:
             return params
-        digest = blake2b(f"{self.llm.config.seed} {key}".encode(), digest_size=8).digest()
+        digest = blake2b(_bytes(f"{self.llm.config.seed} {key}"), digest_size=8).digest()
         return replace(params, seed=int.from_bytes(digest, "little"))
 
 
@@ -104,7 +104,11 @@ def _head(server: Server, body: Mapping[str, Any], key: str, kind: str) -> dict[
 
 def response_id(key: str) -> str:
     """The same for the same key, in every run."""
-    return f"batch_req_{blake2b(key.encode(), digest_size=12).hexdigest()}"
+    return f"batch_req_{blake2b(_bytes(key), digest_size=12).hexdigest()}"
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _flag(body: Mapping[str, Any], name: str, default: bool) -> bool:

@@ -58,7 +58,7 @@ def parse(text: bytes) -> Line:
         return {}
     try:
         line = json.loads(text)
-    except ValueError as error:  # bad UTF-8 too
+    except (ValueError, RecursionError) as error:  # bad UTF-8 too
         return RequestError(f"not valid JSON: {error}")
     return line if isinstance(line, dict) else RequestError(f"{text[:80]!r} is not an object")
 
@@ -75,8 +75,11 @@ def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]
     csv.field_size_limit(2**31 - 1)  # a prompt may be longer than the 128 KiB that hold otherwise
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        _check_columns(path, columns, reader.fieldnames or ())
-        yield from reader
+        try:
+            _check_columns(path, columns, reader.fieldnames or ())
+            yield from reader
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: line {reader.line_num + 1} cannot be read: {error}") from error
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:

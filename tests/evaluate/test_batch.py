@@ -80,6 +80,15 @@ def test_lines_that_cannot_be_served_do_not_end_the_run(tmp_path):
     assert "not valid JSON" in by_line[13]["error"]["message"] and "is not an object" in by_line[14]["error"]["message"]
 
 
+def test_texts_that_utf8_cannot_say(tmp_path):
+    """JSON can say half of a surrogate pair."""
+    lines = [completion(0) | {"custom_id": "\ud800"}, completion(1, prompt="\udfff"), completion(2)]
+    out = tmp_path / "out.jsonl"
+    assert run(write(tmp_path / "in.jsonl", lines), out) == BatchSummary(completed=2, failed=1)
+    assert {r["custom_id"]: r["error"] is None for r in read(out)} == {"\ud800": True, "id-1": False, "id-2": True}
+    assert run(lines, out).skipped == 3
+
+
 def test_answers_are_those_of_the_library():
     lines = [completion(i) for i in range(12)]
     _, records = run(lines)
@@ -211,10 +220,34 @@ def test_a_stop_leaves_the_rest_for_the_next_run(tmp_path):
     summary = run(lines(), out, stop=stop, max_in_flight=4)
     assert summary.stopped and 0 < summary.completed < 21 and len(pulled) == 21
     assert len(read(out)) == summary.completed
-    assert shared_llm()._loop.num_requests == 0 or time.sleep(1) or shared_llm()._loop.num_requests == 0
+    assert_idle(shared_llm())
     rest = run([completion(i) for i in range(40)], out)
     assert rest == BatchSummary(completed=40 - summary.completed, skipped=summary.completed)
     assert len(contents(read(out))) == 40
+
+
+def test_an_interrupt_leaves_file_and_engine_as_they_should_be(tmp_path):
+    out = tmp_path / "out.jsonl"
+
+    def lines():
+        for i in range(20):
+            if i == 10:
+                raise KeyboardInterrupt
+            yield completion(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(lines(), out, max_in_flight=3)
+    assert_idle(shared_llm())
+    done = len(read(out))
+    assert 0 < done < 10
+    assert run([completion(i) for i in range(20)], out) == BatchSummary(completed=20 - done, skipped=done)
+    assert len(contents(read(out))) == 20
+
+
+def assert_idle(llm):
+    """What was running has been ended."""
+    llm.get_metrics()  # behind the commands that end it
+    assert llm._loop.num_requests == 0
 
 
 def test_an_engine_that_ends_ends_the_run_and_nothing_is_lost(tmp_path):

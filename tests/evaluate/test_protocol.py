@@ -100,7 +100,7 @@ def test_tokens_with_one_text_show_the_more_probable():
     from jaxengine.evaluate.protocol import _completion_logprobs
     from jaxengine.request import Logprobs
 
-    part = Logprobs([7, 8], [(-3.0, 2, [9], [-1.0]), (-0.5, 1, [8], [-0.5])])
+    part = Logprobs([7, 8], [(-3.0, 3, [9, 10], [-1.0, -2.0]), (-0.5, 1, [8, 7], [-0.5, -3.0])])
     found = _completion_logprobs([5], [part], lambda token: "�")
     assert found["token_logprobs"] == [None, -3.0, -0.5]
     assert found["top_logprobs"] == [None, {"�": -1.0}, {"�": -0.5}]

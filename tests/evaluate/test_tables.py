@@ -29,6 +29,20 @@ def test_jsonl(tmp_path):
         rows(tmp_path / "other.jsonl", None)
 
 
+def test_lines_that_only_look_like_json(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("[" * 100_000 + "\n" + "1" * 5000 + "\n")
+    lines = list(read_lines(path, None, None, ""))
+    assert len(lines) == 2 and all(isinstance(line, RequestError) for line in lines)
+
+
+def test_a_table_that_is_no_text(tmp_path):
+    path = tmp_path / "in.csv"
+    path.write_bytes(b"text\none\n\xff\n")
+    with pytest.raises(ConfigError, match=r"in\.csv: line \d+ cannot be read: .*utf-8"):
+        rows(path)
+
+
 def test_files_are_read_as_they_are_needed(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text(json.dumps({"custom_id": "a"}) + "\n" + "x" * 1_000_000)
