@@ -197,9 +197,11 @@ class Engine:
 
     def _end_scored(self, rows: Rows) -> list[Sequence]:
         """Ends the sequences that nothing is drawn for and that have their log-probabilities now."""
-        slots = self.scheduler.slots
-        last = rows.start + rows.count + 1 == slots.end[rows.slots]
-        scored = slots.sequence[rows.slots[last & ~rows.samples & slots.live[rows.slots]]].tolist()
+        slots, quiet = self.scheduler.slots, rows[~rows.samples]
+        if not len(quiet):  # as in every decode step
+            return []
+        last = quiet.start + quiet.count + 1 == slots.end[quiet.slots]
+        scored = slots.sequence[quiet.slots[last & slots.live[quiet.slots]]].tolist()
         for sequence in scored:
             self._finish(sequence, "length")
         return scored
