@@ -88,6 +88,22 @@ def test_names_of_transformers(variant, tmp_path):
     assert outputs[0] == outputs[1]
 
 
+def test_a_tied_head_may_be_there_if_it_is_the_embedding(tmp_path):
+    config = tiny.config("llama") | {"tie_word_embeddings": True}
+    tree = tiny.tensors("llama") | {"lm_head.weight": tiny.tensors("llama")["model.embed_tokens.weight"]}
+    with LLM(tree, config=config, dtype="float32", max_model_len=64) as llm:
+        assert llm.generate([[5, 6]], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)[0].finished
+    with pytest.raises(CheckpointError, match=r"lm_head\.kernel differs from embed_tokens\.embedding"):
+        LLM(tiny.tensors("llama"), config=config, max_model_len=64)
+
+
+def test_a_tensor_that_cannot_be_cut_is_named():
+    tree = tiny.tensors("gpt2")
+    name = next(name for name in tree if name.endswith("c_attn.weight"))
+    with pytest.raises(CheckpointError, match=r"c_attn\.weight \[\d+, \d+\] is not 3 equal parts"):
+        LLM(tree | {name: tree[name][:, :-1]}, config=tiny.config("gpt2"), max_model_len=64)
+
+
 def test_deleted_parameters_are_seen_before_a_step(trainer):
     params, hf_config, _, _ = trainer
     mine = {name: jnp.copy(array) for name, array in params.items()}
@@ -107,6 +123,11 @@ def test_deleted_parameters_are_seen_before_a_step(trainer):
         (lambda p: p | {"norm.scale": p["norm.scale"][:-1]}, r"of shape \[\d+\], where the config says \[\d+\]: norm"),
         (lambda p: p | {"norm.scale": "x"}, r"norm\.scale is a str, not an array"),
         (lambda p: {}, "there are none"),
+        (
+            lambda p: p | {"norm.scale": np.ones(64)},
+            r"not among float32, bfloat16, float16: .*'norm\.scale': 'float64'",
+        ),
+        (lambda p: p | {"model.norm.weight": p["norm.scale"]}, r"norm\.scale is there twice"),
     ],
 )
 def test_another_tree_is_refused_by_name(change, complaint, trainer):

@@ -3,7 +3,7 @@
 An array whose dtype and sharding are those that the engine wants is used as it is, not copied.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from jaxengine.config import ModelConfig
 from jaxengine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from jaxengine.sharding import ParamSpec, named_sharding
 from jaxengine.weights.checkpoint import Checkpoint, read_config
-from jaxengine.weights.orbax_format import raise_unlike
+from jaxengine.weights.orbax_format import leaves, raise_unlike
 
 GROUPS = ("qkv", "gate_up")  # of our modules: they hold the projections of one input, whose names do not say so
 WHERE = Path("parameters in memory")
+SERVED = ("float32", "bfloat16", "float16")
+HEAD, EMBEDDING = "lm_head.kernel", "embed_tokens.embedding"
 
 
 def checkpoint_in_memory(tree: Any, config: Any) -> Checkpoint:
@@ -46,8 +48,10 @@ def checkpoint_in_memory(tree: Any, config: Any) -> Checkpoint:
     arrays = flatten(tree)
     if not arrays:
         raise CheckpointError(f"{WHERE}: there are none")
+    if wrong := {name: str(array.dtype) for name, array in arrays.items() if str(array.dtype) not in SERVED}:
+        raise CheckpointError(f"{WHERE}: of dtypes that are not among {', '.join(SERVED)}: {wrong}")
     config = replace(config, dtype=dtype_of(arrays))
-    return Checkpoint(WHERE, "memory", config, {}, None, hf_config, arrays=canonical(config.model_type, arrays))
+    return Checkpoint(WHERE, "memory", config, {}, None, hf_config, arrays=canonical(config, arrays))
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def flatten(tree: Any) -> dict[str, Any]:
     if isinstance(state, nnx.State):
         state = nnx.to_pure_dict(state)
     found = {}
-    for path, leaf in _leaves(state, ()):
+    for path, leaf in leaves(state):
         if not isinstance(leaf, jax.Array | np.ndarray):
             raise CheckpointError(f"{WHERE}: {'.'.join(path)} is a {type(leaf).__name__}, not an array")
         name = ".".join(part for part in path if part not in GROUPS)
@@ -71,12 +75,31 @@ def flatten(tree: Any) -> dict[str, Any]:
     return found
 
 
-def canonical(model_type: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arrays by canonical name. Those with transformers' names are transposed and cut, which copies them."""
+def canonical(config: ModelConfig, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arrays by canonical name. Those with transformers' names are transposed and cut, which copies them.
+
+    A tied head that is there all the same is left out. Raises CheckpointError for one that is another than the
+    embedding, for a name that comes twice, and for a tensor that cannot be cut.
+    """
     found: dict[str, Any] = {}
     for name, array in arrays.items():
-        target = families.target(model_type, name)
-        found |= {name: array} if target is None else zip(target.paths, _parts(array, target))
+        target = families.target(config.model_type, name)
+        if target is None:
+            target, parts = Target((name,)), [array]
+        elif len(target.paths) > 1 and array.shape[-1] % len(target.paths):
+            raise CheckpointError(f"{WHERE}: {name} {list(array.shape)} is not {len(target.paths)} equal parts")
+        else:
+            parts = _parts(array, target)
+        if twice := found.keys() & set(target.paths):
+            raise CheckpointError(f"{WHERE}: {', '.join(sorted(twice))} is there twice")
+        found |= zip(target.paths, parts)
+    if config.tie_word_embeddings and HEAD in found and EMBEDDING in found:
+        head, embedding = found.pop(HEAD), found[EMBEDDING]
+        if head.shape != embedding.shape[::-1] or not bool((jnp.asarray(head).T == jnp.asarray(embedding)).all()):
+            raise CheckpointError(
+                f"{WHERE}: the config says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}; leave it out, "
+                "or say tie_word_embeddings=False in config"
+            )
     return found
 
 
@@ -105,17 +128,6 @@ def dtype_of(arrays: Mapping[str, Any]) -> str:
     for array in arrays.values():
         sizes[str(array.dtype)] = sizes.get(str(array.dtype), 0) + array.size
     return max(sizes, key=lambda name: sizes[name])
-
-
-def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            yield from _leaves(value, (*path, *str(name).split(".")))
-    elif isinstance(tree, list | tuple):
-        for i, value in enumerate(tree):
-            yield from _leaves(value, (*path, str(i)))
-    else:
-        yield path, tree
 
 
 def _parts(array: Any, target: Target) -> list[Any]:

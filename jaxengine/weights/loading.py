@@ -15,11 +15,11 @@ from jaxengine.errors import CheckpointError
 from jaxengine.models import param_specs
 from jaxengine.sharding import ParamSpec, named_sharding
 from jaxengine.weights.checkpoint import Checkpoint, raise_faults
+from jaxengine.weights.in_memory import EMBEDDING, HEAD, place
 
 # Threads that load, and so tensors that the host holds at a time. On a CPU they only got in each other's way.
 READERS = {"cpu": 1, "gpu": 8}
 OnTensor = Callable[[int, int], None]
-HEAD, EMBEDDING = "lm_head.kernel", "embed_tokens.embedding"
 
 
 def load_params(
@@ -33,8 +33,6 @@ def load_params(
     specs = param_specs(checkpoint.config)
     report = on_tensor or (lambda done, total: None)
     if checkpoint.format == "memory":
-        from jaxengine.weights.in_memory import place
-
         params = place(checkpoint.arrays, specs, dtype, mesh)
     elif checkpoint.format == "dummy":
         from jaxengine.weights.dummy import random_params

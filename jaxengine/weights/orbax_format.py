@@ -31,12 +31,12 @@ def restore(folder: Path, specs: Mapping[str, ParamSpec], dtype: str, mesh: Mesh
     }
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = dict(_leaves(checkpointer.metadata(path).item_metadata.tree))
+            stored = by_name(checkpointer.metadata(path).item_metadata.tree)
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise CheckpointError(f"{path}: not a complete Orbax checkpoint: {error}") from error
         raise_unlike(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, specs)
         try:
-            return dict(_leaves(checkpointer.restore(path, nest(want))))
+            return by_name(checkpointer.restore(path, nest(want)))
         except Exception as error:
             raise CheckpointError(f"{path}: cannot be read, it may be damaged: {error}") from error
 
@@ -53,10 +53,18 @@ def raise_unlike(path: Path, shapes: Mapping[str, tuple[int, ...]], specs: Mappi
     raise_faults(path, faults)
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The reverse of `nest`."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return {".".join(path): leaf for path, leaf in leaves(tree)}
+
+
+def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(names on the way, leaf) of every leaf of nested mappings, lists and tuples."""
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from leaves(value, (*path, *str(name).split(".")))
+    elif isinstance(tree, list | tuple):
+        for i, value in enumerate(tree):
+            yield from leaves(value, (*path, str(i)))
+    else:
+        yield path, tree
