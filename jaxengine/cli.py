@@ -235,7 +235,7 @@ def run_batch(
     output: Annotated[Path, typer.Option("-o", "--output", help="JSONL; what it holds already is not done again.")],
     column: Annotated[str | None, typer.Option(help="Of a table, the column with the prompts.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Of a table, the column with the custom_ids.")] = None,
-    url: Annotated[str, typer.Option(help="Of a table, what its prompts are for.")] = "/v1/completions",
+    url: Annotated[str | None, typer.Option(help="Of a table, what its prompts are for; else /v1/completions.")] = None,
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What a body's model may be; else the --model, or its last part.")
     ] = None,

@@ -13,7 +13,7 @@ from jaxengine.errors import ConfigError, EngineError, JaxEngineError, RequestEr
 from jaxengine.evaluate.journal import Journal, KeySet, Record, id_key, line_key
 from jaxengine.evaluate.manifest import manifest
 from jaxengine.evaluate.protocol import SAMPLING, Job, Server, job, response_id
-from jaxengine.evaluate.tables import count_lines, read_lines
+from jaxengine.evaluate.tables import COMPLETIONS, count_lines, read_lines
 from jaxengine.progress import token_bar
 from jaxengine.request import RequestOutput
 
@@ -51,7 +51,7 @@ def run_batch(
     served_model_name: str | Sequence[str] | None = None,
     column: str | None = None,
     id_column: str | None = None,
-    url: str = "/v1/completions",
+    url: str | None = None,
     retry_errors: bool = False,
     max_in_flight: int | None = None,
     use_tqdm: bool | Callable[..., Any] = True,
@@ -59,7 +59,7 @@ def run_batch(
 ) -> BatchSummary:
     """Reads lines as requests finish, and writes a record for each as soon as it is answered.
 
-    source: a file (JSONL; CSV or parquet with `column`, `id_column` and `url`), or an iterable of lines. A line that
+    source: a file (JSONL; CSV or parquet with `column`, `id_column`, and `url`, else /v1/completions), or an iterable of lines. A line that
     cannot be served gets an error record, and the others go on.
     sink: a JSONL file; records are on the disk (fsync) before they count as done. Run again with the same file, the
     lines it holds are skipped, with retry_errors only those that were answered. The manifest beside it names model and
@@ -91,9 +91,9 @@ def run_batch(
     total, table = None, None
     if isinstance(source, str | os.PathLike):
         lines, total = read_lines(source, column, id_column, url), count_lines(source)
-        table = column and {"column": column, "id_column": id_column, "url": url}
-    elif column or id_column:
-        raise ConfigError("column and id_column name those of a file")
+        table = column and {"column": column, "id_column": id_column, "url": url or COMPLETIONS}
+    elif column or id_column or url:
+        raise ConfigError("column, id_column and url are for tables; the lines of an iterable say these themselves")
     made_by = manifest(server, names) | {"table": table}
     with ExitStack() as stack:
         journal = None

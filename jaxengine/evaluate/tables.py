@@ -11,9 +11,10 @@ from jaxengine.errors import ConfigError, RequestError
 
 Line = Mapping[str, Any] | RequestError  # a line that is no object says so when its turn comes
 TABLES = (".csv", ".parquet")
+COMPLETIONS = "/v1/completions"  # what a table's prompts are for, unless the caller says otherwise
 
 
-def read_lines(path: str | os.PathLike, column: str | None, id_column: str | None, url: str) -> Iterator[Line]:
+def read_lines(path: str | os.PathLike, column: str | None, id_column: str | None, url: str | None) -> Iterator[Line]:
     """The lines of a batch. Of a table, each row's `column` is a prompt (or, for chat completions, a user's message).
 
     id_column: the custom_id; None: row-0, row-1 ... Raises ConfigError for a column that is not there, and for a
@@ -23,12 +24,12 @@ def read_lines(path: str | os.PathLike, column: str | None, id_column: str | Non
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file")
     if path.suffix not in TABLES:
-        if column or id_column:
-            raise ConfigError(f"{path}: columns are those of {' and '.join(TABLES)} files, this is read as JSONL")
+        if column or id_column or url:
+            raise ConfigError(f"{path}: columns and url are of {' and '.join(TABLES)} files, this is read as JSONL")
         return _jsonl(path)
     if column is None:
         raise ConfigError(f"{path}: name the column with the prompts (column=, or --column)")
-    return _table(path, column, id_column, url)
+    return _table(path, column, id_column, url or COMPLETIONS)
 
 
 def count_lines(path: str | os.PathLike) -> int | None:

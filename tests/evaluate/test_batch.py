@@ -154,7 +154,8 @@ def test_the_bar_counts_tokens_and_knows_the_end(tmp_path):
         ({"defaults": {"nonsense": 1}}, r"defaults has \['nonsense'\]"),
         ({"max_in_flight": 0}, "max_in_flight=0"),
         ({"retry_errors": True}, "a function remembers nothing"),
-        ({"column": "x"}, "name those of a file"),
+        ({"column": "x"}, "are for tables"),
+        ({"url": "/v1/score"}, "are for tables"),
     ],
 )
 def test_bad_options(options, message):

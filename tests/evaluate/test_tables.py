@@ -23,8 +23,9 @@ def test_jsonl(tmp_path):
     assert all(isinstance(line, RequestError) for line in lines[2:5])
     assert "is not an object" in str(lines[2]) and "not valid JSON" in str(lines[3])
     assert count_lines(path) == 6
-    with pytest.raises(ConfigError, match="columns are those of"):
-        rows(path)
+    for given in (("x", None, None), (None, "x", None), (None, None, "/v1/score")):
+        with pytest.raises(ConfigError, match="columns and url are of"):
+            read_lines(path, *given)
     with pytest.raises(ConfigError, match="there is no such file"):
         rows(tmp_path / "other.jsonl", None)
 
