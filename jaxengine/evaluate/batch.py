@@ -59,8 +59,8 @@ def run_batch(
 ) -> BatchSummary:
     """Reads lines as requests finish, and writes a record for each as soon as it is answered.
 
-    source: a file (JSONL; CSV or parquet with `column`, `id_column`, and `url`, else /v1/completions), or an iterable of lines. A line that
-    cannot be served gets an error record, and the others go on.
+    source: a file (JSONL; CSV or parquet with `column`, `id_column` and `url`, which is /v1/completions where None), or
+    an iterable of lines. A line that cannot be served gets an error record, and the others go on.
     sink: a JSONL file; records are on the disk (fsync) before they count as done. Run again with the same file, the
     lines it holds are skipped, with retry_errors only those that were answered. The manifest beside it names model and
     parameters: a run with others is refused. A function instead takes each record, and nothing is remembered.

@@ -9,14 +9,14 @@ from jaxengine.errors import ConfigError, RequestError
 from tests.fakes import make_engine, make_request
 
 
-def first_steps(engine, requests):
-    """The step in which each request was first scheduled."""
-    seen, original, step = {}, engine.scheduler.schedule, 0
+def run_steps(engine, requests):
+    """Runs them all; of each step the tokens that it computes, by request."""
+    steps, original = [], engine.scheduler.schedule
 
     def schedule():
         rows = original()
-        for sequence in engine.scheduler.slots.sequence[rows.slots]:
-            seen.setdefault(sequence.request.request_id, step)
+        names = [sequence.request.request_id for sequence in engine.scheduler.slots.sequence[rows.slots]]
+        steps.append(dict(zip(names, rows.count.tolist())))
         return rows
 
     engine.scheduler.schedule = schedule
@@ -25,8 +25,13 @@ def first_steps(engine, requests):
     while engine.has_work:
         engine.step()
         engine.check_integrity()
-        step += 1
-    return [seen[request.request_id] for request in requests]
+    return steps
+
+
+def first_steps(engine, requests):
+    """The step in which each request was first scheduled."""
+    steps = run_steps(engine, requests)
+    return [next(i for i, step in enumerate(steps) if request.request_id in step) for request in requests]
 
 
 def test_first_come_first_served():
@@ -220,21 +225,7 @@ def test_who_waits_for_pages_is_not_overtaken_by_a_newcomer():
         make_request("long", [i % 16 for i in range(48)], max_tokens=1),
         make_request("new", [5], max_tokens=1),
     ]
-    rows, original = [], engine.scheduler.schedule
-
-    def schedule():
-        found = original()
-        names = [s.request.request_id for s in engine.scheduler.slots.sequence[found.slots]]
-        rows.append(dict(zip(names, found.count.tolist())))
-        return found
-
-    engine.scheduler.schedule = schedule
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        engine.step()
-        engine.check_integrity()
-    waited = [i for i, row in enumerate(rows) if row == {"old": 1}]
-    assert waited, "the long request had to wait"
+    rows = run_steps(engine, requests)
+    assert {"old": 1} in rows, "the long request had to wait"
     new = next(i for i, row in enumerate(rows) if "new" in row)
     assert sum(row.get("long", 0) for row in rows[:new]) == 48
