@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.config import EngineConfig, ModelConfig, ParamRule
 from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.runner import Runner
@@ -23,7 +23,7 @@ from jaxengine.progress import counting_bar
 from jaxengine.sharding import create_mesh
 from jaxengine.text import TextSink
 from jaxengine.tokenizer import Tokenizer
-from jaxengine.weights import Checkpoint, load_params, open_checkpoint
+from jaxengine.weights import Checkpoint, load_params, open_checkpoint, open_parameters
 from jaxengine.weights.hub import locate
 
 logger = logging.getLogger(__name__)
@@ -63,20 +63,27 @@ class Parts:
 
 def assemble(
     *,
-    model: str | os.PathLike,
+    model: Any,
     tokenizer: str | os.PathLike | None,
     config: EngineConfig,
+    model_config: Any,
+    param_mapping: Mapping[str, ParamRule] | None,
     **source: Any,
 ) -> Parts:
     """`source` goes to weights.open_checkpoint. Raises what LLM says."""
     _set_compilation_cache(config.compilation_cache)
-    checkpoint = open_checkpoint(model, **source)
+    if isinstance(model, str | os.PathLike):
+        checkpoint = open_checkpoint(model, **source)
+    else:
+        checkpoint = open_parameters(
+            model, model_config, mapping=param_mapping, hf_overrides=source.get("hf_overrides")
+        )
     mesh = config.mesh or create_mesh()
     device = mesh.devices.flat[0]
     if device.platform not in PLATFORMS:
         raise ConfigError(f"{device.platform=} is not one of {sorted(PLATFORMS)}")
     defaults = PLATFORMS[device.platform]
-    config = _resolve(config, checkpoint.config, defaults, device)
+    config = _resolve(config, checkpoint, defaults, device)
     assert config.max_model_len and config.max_num_seqs and config.max_num_batched_tokens
     sizes = Sizes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.page_size)
     words = _load_tokenizer(tokenizer, checkpoint, source.get("download_dir"))
@@ -97,7 +104,7 @@ def assemble(
     runner = Runner(
         config, checkpoint.config, params, groups=groups, num_pages=num_pages, buckets=buckets,
         max_model_len=sizes.max_model_len, cache_dtype=config.kv_cache_dtype, attention=config.attention,
-        temporary_bytes=temporary, mesh=mesh,
+        temporary_bytes=temporary, mesh=mesh, borrowed=checkpoint.format == "memory" and not config.fuse_weights,
     )  # fmt: skip
     scheduler = Scheduler(
         groups, num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs,
@@ -123,8 +130,11 @@ def assemble(
     return Parts(config, checkpoint.config, words, checkpoint.sampling_defaults, frontend, runner, engine)
 
 
-def _resolve(config: EngineConfig, model: ModelConfig, defaults: PlatformDefaults, device: jax.Device) -> EngineConfig:
+def _resolve(
+    config: EngineConfig, checkpoint: Checkpoint, defaults: PlatformDefaults, device: jax.Device
+) -> EngineConfig:
     """The same config with every None and "auto" decided. Raises ConfigError."""
+    model, in_memory = checkpoint.config, checkpoint.format == "memory"
     longest = model.max_position_embeddings
     length = config.max_model_len or longest
     if length > longest:
@@ -142,18 +152,20 @@ def _resolve(config: EngineConfig, model: ModelConfig, defaults: PlatformDefault
     dtype = config.dtype
     if dtype == "auto":
         wide = model.dtype if model.dtype in ("float16", "bfloat16") else "bfloat16"
-        dtype = "float32" if device.platform == "cpu" else wide
+        dtype = model.dtype if in_memory else "float32" if device.platform == "cpu" else wide
+    fuse = not in_memory if config.fuse_weights is None else config.fuse_weights
     attention = defaults.attention if config.attention == "auto" else config.attention
     if attention == "triton" and device.platform != "gpu":
         raise ConfigError(f"attention='triton' needs an NVIDIA GPU, this is a {device.platform}; use 'auto' or 'xla'")
     cache_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     logger.info(
-        "%s on %s: dtype=%s kv_cache_dtype=%s attention=%s max_model_len=%d max_num_seqs=%d max_num_batched_tokens=%d",
-        model.model_type, device, dtype, cache_dtype, attention, length, rows, tokens,
+        "%s on %s: dtype=%s kv_cache_dtype=%s attention=%s fuse_weights=%s max_model_len=%d max_num_seqs=%d "
+        "max_num_batched_tokens=%d",
+        model.model_type, device, dtype, cache_dtype, attention, fuse, length, rows, tokens,
     )  # fmt: skip
     return replace(
         config, max_model_len=length, max_num_seqs=rows, max_num_batched_tokens=tokens, dtype=dtype,
-        kv_cache_dtype=cache_dtype, attention=attention,
+        kv_cache_dtype=cache_dtype, attention=attention, fuse_weights=fuse,
     )  # fmt: skip
 
 
@@ -170,10 +182,12 @@ def _load_weights(checkpoint: Checkpoint, config: EngineConfig, mesh: jax.shardi
     """Parameters as the step runs them. Raises MemoryPlanError when they do not fit."""
     try:
         with counting_bar("Loading weights", show=logger.isEnabledFor(logging.INFO)) as progress:
-            params = load_params(checkpoint, config.dtype, mesh, seed=config.seed, on_tensor=progress)
+            params = load_params(
+                checkpoint, config.dtype, mesh, seed=config.seed, borrow=not config.fuse_weights, on_tensor=progress
+            )
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         # What prepare no longer needs is free only when it is done, and the plan counts what is free.
-        return jax.block_until_ready(prepare(checkpoint.config, params, config.fuse_weights, transpose=on_cpu))
+        return jax.block_until_ready(prepare(checkpoint.config, params, bool(config.fuse_weights), transpose=on_cpu))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
-from jaxengine.errors import EngineError
+from jaxengine.errors import EngineError, WeightsDeletedError
 from jaxengine.llm import LLM
 from jaxengine.request import RequestOutput, SamplingParams
 from jaxengine.tokenizer import Tokenizer
@@ -38,7 +38,8 @@ class AsyncLLM:
         """Outputs of one request as they grow: cumulative, deltas or the final one (SamplingParams.output_kind).
 
         prompt: a text, a list of token ids or a dict, as for LLM.generate. Leaving the iteration early, or cancelling
-        the task, ends the request. Raises RequestError for bad input, EngineError when the engine cannot go on.
+        the task, ends the request. Raises RequestError for bad input, EngineError when the engine cannot go on,
+        WeightsDeletedError when parameters that it borrowed are gone.
         """
         frontend = self._llm.frontend
         [parsed] = frontend.token_ids([prompt])
@@ -59,6 +60,8 @@ class AsyncLLM:
                 finished = output.finished
                 if isinstance(output.error, EngineError):
                     self._llm.raise_if_ended()
+                if isinstance(output.error, WeightsDeletedError):
+                    raise output.error
                 yield output
         finally:
             if not finished:

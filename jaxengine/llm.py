@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from jaxengine.beam_search import BeamSearchOutput, beam_search
-from jaxengine.config import EngineConfig, ModelConfig, engine_option_names
+from jaxengine.config import EngineConfig, ModelConfig, ParamRule, engine_option_names
 from jaxengine.engine.loop import EngineLoop
-from jaxengine.errors import ConfigError, EngineError, RequestError, UnsupportedError
+from jaxengine.errors import ConfigError, EngineError, RequestError, UnsupportedError, WeightsDeletedError
 from jaxengine.frontend import Frontend, is_token_ids
 from jaxengine.progress import progress_bar
 from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams
@@ -36,8 +36,10 @@ class LLM:
 
     def __init__(
         self,
-        model: str | os.PathLike | None = None,
+        model: str | os.PathLike | Any = None,
         *,
+        config: Any = None,
+        param_mapping: Mapping[str, ParamRule] | None = None,
         tokenizer: str | os.PathLike | None = None,
         revision: str | None = None,
         load_format: str = "auto",
@@ -51,6 +53,10 @@ class LLM:
         """Loads the model and plans the memory; programs are compiled when they are first needed, or by `warmup=True`.
 
         model: hub id, folder (HuggingFace or Orbax) or GGUF file; None: the small code model that ships with jaxengine.
+        Or parameters in memory (an NNX module of ours, its nnx.State, a dict of arrays in the canonical layout or with
+        a HuggingFace checkpoint's names; any other with `param_mapping`, from patterns of dotted paths to ParamRule):
+        they are borrowed where dtype, layout and sharding fit, see `fuse_weights`. config: of such parameters, a
+        HuggingFace config (dict or transformers object) or a ModelConfig.
         tokenizer: hub id or folder of another tokenizer. load_format: auto, safetensors, gguf, orbax or dummy (seeded
         random weights). hf_overrides: replaces entries of the checkpoint's config. generation_config: "auto" takes
         sampling defaults and further end-of-sequence ids from the checkpoint, "off" does not. block_size: another name
@@ -66,22 +72,25 @@ class LLM:
             )
         if generation_config not in ("auto", "off"):
             raise ConfigError(f"{generation_config=} must be 'auto' or 'off'")
-        if model is not None and not isinstance(model, str | os.PathLike):
-            raise UnsupportedError(
-                f"model of type {type(model).__name__}: parameters in memory are not served yet; write them as an "
-                "Orbax checkpoint and give its folder"
+        in_memory = model is not None and not isinstance(model, str | os.PathLike)
+        if in_memory and (load_format, revision) != ("auto", None):
+            raise ConfigError(f"{load_format=} and {revision=} are of files, model is parameters in memory")
+        if not in_memory and (config, param_mapping) != (None, None):
+            raise ConfigError(
+                "config and param_mapping are for parameters in memory; hf_overrides changes a checkpoint's config"
             )
         if block_size is not None:
             options = {"page_size": block_size} | options
         if unknown := set(options) - set(engine_option_names()):
             raise ConfigError(f"LLM has no option {sorted(unknown)}; those of the engine are {engine_option_names()}")
-        config = EngineConfig(**options)
+        engine_config = EngineConfig(**options)
         from jaxengine import assembly  # jax and the model: not before the options are known to be good
 
         parts = assembly.assemble(
             model=SHIPPED_MODEL if model is None else model, tokenizer=tokenizer, revision=revision,
             load_format=load_format, download_dir=download_dir, hf_overrides=hf_overrides,
-            use_generation_config=generation_config == "auto", config=config,
+            use_generation_config=generation_config == "auto", config=engine_config, model_config=config,
+            param_mapping=param_mapping,
         )  # fmt: skip
         self.config: EngineConfig = parts.config
         self.model_config: ModelConfig = parts.model
@@ -121,7 +130,8 @@ class LLM:
         stream: an iterator of outputs as they grow (see SamplingParams.output_kind), of all requests as they come;
         closing it ends them. use_tqdm: a progress bar, or a function that makes one.
 
-        Raises RequestError for bad input, EngineError when the engine cannot go on. A request on which the device
+        Raises RequestError for bad input, EngineError when the engine cannot go on, WeightsDeletedError when
+        parameters that it borrowed are gone (update_weights brings others). A request on which the device
         failed ends with finish_reason "error" and the error in `.error`.
         """
         single = isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0)
@@ -272,6 +282,8 @@ class LLM:
                     active.discard(output.request_id)
                 if isinstance(output.error, EngineError):
                     self._loop.raise_if_ended()
+                if isinstance(output.error, WeightsDeletedError):
+                    raise output.error
                 yield output
         finally:
             self.abort(active)

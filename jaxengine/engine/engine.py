@@ -15,7 +15,7 @@ from jaxengine.engine.batch import Buckets, build_batch
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.sequence import Request, Sequence
 from jaxengine.engine.slots import Rows
-from jaxengine.errors import EngineError, RequestError
+from jaxengine.errors import EngineError, RequestError, WeightsDeletedError
 from jaxengine.step import StepInputs, StepOutputs
 
 
@@ -124,6 +124,10 @@ class Engine:
                 self._commit(self._steps[0])
         except _DeviceFailure as failure:
             self._recover(failure)
+        except WeightsDeletedError as error:
+            self._restart()
+            for request in list(self._requests.values()):
+                self._end(request, "error", WeightsDeletedError(str(error)))
         news, self._news = self._news, {}
         return list(news)
 

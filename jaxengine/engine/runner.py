@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.batch import Buckets
+from jaxengine.errors import WeightsDeletedError
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
 from jaxengine.layers.attention import AttentionInputs, Implementation
 from jaxengine.models import build
@@ -100,7 +101,9 @@ class Runner:
         attention: str,
         temporary_bytes: int,
         mesh: Mesh,
+        borrowed: bool = False,
     ):
+        """`borrowed`: somebody else may delete the parameters; each step looks before it reads them."""
         self.config, self.model, self.mesh, self.buckets = config, model, mesh, buckets
         self.groups, self.num_pages, self.cache_dtype = groups, num_pages, cache_dtype
         self.attention = cast(Implementation, attention)
@@ -111,6 +114,7 @@ class Runner:
         )
         self._graph, state = nnx.split(build(model, params, max_model_len))
         self._leaves, self._tree = jax.tree.flatten(state)
+        self._borrowed = self._leaves if borrowed else []
         self.vocab_size = model.vocab_size
         self._programs: dict[tuple, Any] = {}
         self.compilations = CompilationCounter()
@@ -144,13 +148,30 @@ class Runner:
         """Frees the device memory that the engine made; parameters are freed when their owner drops them."""
         for array in jax.tree.leaves((self._cache, self._slots, self._rules)):
             array.delete()
-        self._leaves, self._programs = [], {}
+        self._leaves, self._borrowed, self._programs = [], [], {}
         self.compilations.close()
 
     # -- one step
 
+    def check_weights(self) -> None:
+        """Raises WeightsDeletedError when parameters that the engine borrowed are gone."""
+        if any(leaf.is_deleted() for leaf in self._borrowed):
+            raise WeightsDeletedError(
+                "parameters that the engine borrowed were deleted, as a step of training does that donates them: call "
+                "update_weights with the new ones after each such step, or make the engine with fuse_weights=True to "
+                "have it keep a copy"
+            )
+
     def submit(self, inputs: StepInputs) -> Flight:
-        """Starts a step on the device and returns at once."""
+        """Starts a step on the device and returns at once. Raises WeightsDeletedError."""
+        self.check_weights()
+        try:
+            return self._submit(inputs)
+        except Exception:
+            self.check_weights()  # were they deleted just now?
+            raise
+
+    def _submit(self, inputs: StepInputs) -> Flight:
         self._write_slots(inputs.slot_writes)
         for write in inputs.logit_writes:
             self._write_rules(write)

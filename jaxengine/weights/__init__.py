@@ -1,4 +1,4 @@
-"""Weights in: files -> canonical parameters on the mesh, every name and shape checked; and out, as Orbax.
+"""Weights in: files, or a trainer's arrays -> canonical parameters on the mesh, every name and shape checked; and out.
 
 checkpoint = open_checkpoint("some/folder")            # reads the configs and the headers, no weights
 params = load_params(checkpoint, "bfloat16", mesh)     # canonical path -> array on its devices
@@ -7,6 +7,7 @@ save_checkpoint(checkpoint, params, Path("elsewhere"))
 
 from jaxengine.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxengine.weights.loading import load_params
+from jaxengine.weights.parameters import open_parameters
 from jaxengine.weights.saving import check_destination, save_checkpoint
 
-__all__ = ["Checkpoint", "check_destination", "load_params", "open_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "check_destination", "load_params", "open_checkpoint", "open_parameters", "save_checkpoint"]

@@ -20,6 +20,7 @@ from jaxengine.weights.hub import TOKENIZER_FILES, locate
 log = logging.getLogger(__name__)
 
 FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
+HEAD, EMBEDDING = "lm_head.kernel", "embed_tokens.embedding"
 ORBAX = "params"  # folder of the canonical parameters, beside config.json
 # generation_config.json -> SamplingParams; `do_sample` comes last, since it overrules the temperature.
 SAMPLING = {
@@ -37,16 +38,17 @@ NOT_APPLIED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint; its weights are still on the disk."""
+    """An open checkpoint; its weights are still on the disk, or a trainer's."""
 
     path: Path
-    format: str  # safetensors | gguf | orbax | dummy
+    format: str  # safetensors | gguf | orbax | dummy | memory
     config: ModelConfig
     sampling_defaults: dict[str, Any]  # SamplingParams' names
     tokenizer_source: Any  # what Tokenizer.load takes; None: there is no tokenizer
     hf_config: Mapping[str, Any] = field(repr=False, default_factory=dict)  # config.json, overrides included
     generation_config: Mapping[str, Any] = field(repr=False, default_factory=dict)
-    reader: Any = field(repr=False, default=None)  # names() and read(name) of its tensors; None for orbax and dummy
+    # names() and read(name) of its tensors; None for orbax and dummy; in memory, Leaf by canonical path.
+    reader: Any = field(repr=False, default=None)
 
 
 def open_checkpoint(
@@ -102,20 +104,27 @@ def _open(path: Path, load_format: str, overrides: Mapping[str, Any], use_genera
     elif kind == "safetensors":
         reader = SafetensorsCheckpoint(path)
         reader.names()  # a file that is missing or corrupt shows here
-    hf_config = {**hf_config, **_plain(overrides)}
+    hf_config = {**hf_config, **plain(overrides)}
+    ends: tuple[int, ...] = ()
+    defaults: dict[str, Any] = {}
+    if use_generation_config:
+        ends = token_ids("eos_token_id", generation.get("eos_token_id"))
+        defaults = _sampling_defaults(generation)
+    config = parse_config(hf_config, _usual_dtype(reader), ends)
+    log.info("%s: sampling defaults %s; ends with any of %s", path, defaults or "are ours", config.eos_token_ids)
+    return Checkpoint(path, kind, config, defaults, tokenizer, hf_config, generation, reader)
+
+
+def parse_config(hf_config: Mapping[str, Any], dtype: str, ends: tuple[int, ...] = ()) -> ModelConfig:
+    """`dtype` is for a config that names none, `ends` are further end-of-sequence ids. Raises ConversionError."""
     arguments = model_config(hf_config)
-    arguments.setdefault("dtype", _usual_dtype(reader))
+    arguments.setdefault("dtype", dtype)
     if arguments.get("rope"):
         arguments["rope"] = RopeConfig(**arguments["rope"])
-    ends, defaults = arguments["eos_token_ids"], {}
-    if use_generation_config:
-        ends += token_ids("eos_token_id", generation.get("eos_token_id"))
-        defaults = _sampling_defaults(generation)
-        log.info("%s: its generation config gives %s; it ends with any of %s", path, defaults or "no defaults", ends)
     # transformers' default ids may lie beyond a small vocabulary: such a token is never drawn.
-    arguments["eos_token_ids"] = tuple(i for i in dict.fromkeys(ends) if i < arguments["vocab_size"])
-    config = ModelConfig(**arguments)
-    return Checkpoint(path, kind, config, defaults, tokenizer, hf_config, generation, reader)
+    found = dict.fromkeys((*arguments["eos_token_ids"], *ends))
+    arguments["eos_token_ids"] = tuple(i for i in found if i < arguments["vocab_size"])
+    return ModelConfig(**arguments)
 
 
 def raise_faults(path: Path, faults: list[str]) -> None:
@@ -140,7 +149,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     return content
 
 
-def _plain(overrides: Mapping[str, Any]) -> dict[str, Any]:
+def plain(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """As they would be in config.json: lists for tuples."""
     try:
         return json.loads(json.dumps(dict(overrides)))

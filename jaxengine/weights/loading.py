@@ -14,20 +14,27 @@ from jaxengine.config import ModelConfig
 from jaxengine.errors import CheckpointError
 from jaxengine.models import param_specs
 from jaxengine.sharding import ParamSpec, named_sharding
-from jaxengine.weights.checkpoint import Checkpoint, raise_faults
+from jaxengine.weights import parameters
+from jaxengine.weights.checkpoint import EMBEDDING, HEAD, Checkpoint, raise_faults
 
 # Threads that load, and so tensors that the host holds at a time. On a CPU they only got in each other's way.
 READERS = {"cpu": 1, "gpu": 8}
 OnTensor = Callable[[int, int], None]
-HEAD, EMBEDDING = "lm_head.kernel", "embed_tokens.embedding"
 
 
 def load_params(
-    checkpoint: Checkpoint, dtype: str, mesh: jax.sharding.Mesh, *, seed: int = 0, on_tensor: OnTensor | None = None
+    checkpoint: Checkpoint,
+    dtype: str,
+    mesh: jax.sharding.Mesh,
+    *,
+    seed: int = 0,
+    borrow: bool = False,
+    on_tensor: OnTensor | None = None,
 ) -> dict[str, jax.Array]:
     """Every canonical parameter in `dtype`, committed to its sharding on `mesh`.
 
-    `seed` is for random weights. `on_tensor(done, total)` is called as tensors arrive. Raises CheckpointError naming
+    `seed` is for random weights. `borrow`: parameters in memory that are as they should be are not copied.
+    `on_tensor(done, total)` is called as tensors arrive. Raises CheckpointError naming
     all tensors that are missing, unexpected, of the wrong shape or of a dtype that is not served, before any is read.
     """
     specs = param_specs(checkpoint.config)
@@ -36,6 +43,8 @@ def load_params(
         from jaxengine.weights.dummy import random_params
 
         params = random_params(specs, dtype, mesh, seed)
+    elif checkpoint.format == "memory":
+        return parameters.place(checkpoint.reader, specs, dtype, mesh, borrow, report)
     elif checkpoint.format == "orbax":
         from jaxengine.weights.orbax_format import restore
 

@@ -1,6 +1,6 @@
 """Canonical parameters as an Orbax checkpoint: the tree of their dotted paths, in the folder `params`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxengine.errors import CheckpointError
-from jaxengine.models import nest
+from jaxengine.models import flatten, nest
 from jaxengine.sharding import ParamSpec, named_sharding
 from jaxengine.weights.checkpoint import ORBAX, raise_faults
 
@@ -31,12 +31,12 @@ def restore(folder: Path, specs: Mapping[str, ParamSpec], dtype: str, mesh: Mesh
     }
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = dict(_leaves(checkpointer.metadata(path).item_metadata.tree))
+            stored = dict(flatten(checkpointer.metadata(path).item_metadata.tree))
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise CheckpointError(f"{path}: not a complete Orbax checkpoint: {error}") from error
         raise_unlike(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, specs)
         try:
-            return dict(_leaves(checkpointer.restore(path, nest(want))))
+            return dict(flatten(checkpointer.restore(path, nest(want))))
         except Exception as error:
             raise CheckpointError(f"{path}: cannot be read, it may be damaged: {error}") from error
 
@@ -51,12 +51,3 @@ def raise_unlike(path: Path, shapes: Mapping[str, tuple[int, ...]], specs: Mappi
         if name in specs and shape != specs[name].shape
     ]
     raise_faults(path, faults)
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The reverse of `nest`."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
