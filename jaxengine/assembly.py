@@ -14,17 +14,18 @@ from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.runner import Runner
 from jaxengine.engine.scheduler import Scheduler
-from jaxengine.errors import ConfigError, MemoryPlanError
+from jaxengine.errors import ConfigError
 from jaxengine.frontend import Frontend
 from jaxengine.kv_cache import cache_groups
+from jaxengine.live_weights import LiveWeights
 from jaxengine.memory import Sizes, plan_pages, temporary_bytes
-from jaxengine.models import prepare
 from jaxengine.progress import counting_bar
 from jaxengine.sharding import create_mesh
 from jaxengine.text import TextSink
 from jaxengine.tokenizer import Tokenizer
-from jaxengine.weights import Checkpoint, load_params, open_checkpoint, open_parameters
+from jaxengine.weights import Checkpoint, open_checkpoint, open_parameters
 from jaxengine.weights.hub import locate
+from jaxengine.weights.prepared import Prepared, load_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Parts:
     frontend: Frontend
     runner: Runner
     engine: Engine
+    weights: LiveWeights
 
 
 def assemble(
@@ -87,7 +89,7 @@ def assemble(
     assert config.max_model_len and config.max_num_seqs and config.max_num_batched_tokens
     sizes = Sizes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.page_size)
     words = _load_tokenizer(tokenizer, checkpoint, source.get("download_dir"))
-    params = _load_weights(checkpoint, config, mesh)
+    params, borrowed = _load_weights(checkpoint, config, mesh)
     groups = cache_groups(checkpoint.config.windows, checkpoint.config.num_kv_heads, checkpoint.config.head_dim)
     temporary = temporary_bytes(checkpoint.config, sizes, config.max_logprobs, config.dtype, config.attention)
     num_pages = plan_pages(config, checkpoint.config, groups, sizes, config.kv_cache_dtype, temporary, device)
@@ -104,7 +106,7 @@ def assemble(
     runner = Runner(
         config, checkpoint.config, params, groups=groups, num_pages=num_pages, buckets=buckets,
         max_model_len=sizes.max_model_len, cache_dtype=config.kv_cache_dtype, attention=config.attention,
-        temporary_bytes=temporary, mesh=mesh, borrowed=checkpoint.format == "memory" and not config.fuse_weights,
+        temporary_bytes=temporary, mesh=mesh, borrowed=borrowed,
     )  # fmt: skip
     scheduler = Scheduler(
         groups, num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs,
@@ -127,7 +129,8 @@ def assemble(
     if config.warmup:
         with counting_bar("Compiling") as progress:
             runner.warmup(progress)
-    return Parts(config, checkpoint.config, words, checkpoint.sampling_defaults, frontend, runner, engine)
+    weights = LiveWeights(config, checkpoint.config, mesh, param_mapping, runner)
+    return Parts(config, checkpoint.config, words, checkpoint.sampling_defaults, frontend, runner, engine, weights)
 
 
 def _resolve(
@@ -178,23 +181,10 @@ def _load_tokenizer(
     return None if checkpoint.tokenizer_source is None else Tokenizer.load(checkpoint.tokenizer_source)
 
 
-def _load_weights(checkpoint: Checkpoint, config: EngineConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Parameters as the step runs them. Raises MemoryPlanError when they do not fit."""
-    try:
-        with counting_bar("Loading weights", show=logger.isEnabledFor(logging.INFO)) as progress:
-            params = load_params(
-                checkpoint, config.dtype, mesh, seed=config.seed, borrow=not config.fuse_weights, on_tensor=progress
-            )
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        # What prepare no longer needs is free only when it is done, and the plan counts what is free.
-        return jax.block_until_ready(prepare(checkpoint.config, params, bool(config.fuse_weights), transpose=on_cpu))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise MemoryPlanError(
-            f"the weights do not fit into the device's memory ({error}); close() an engine that is no longer used, or "
-            "give jax more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)"
-        ) from error
+def _load_weights(checkpoint: Checkpoint, config: EngineConfig, mesh: jax.sharding.Mesh) -> Prepared:
+    remedy = "close() an engine that is no longer used, or give jax more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+    with counting_bar("Loading weights", show=logger.isEnabledFor(logging.INFO)) as progress:
+        return load_prepared(checkpoint, config, mesh, progress, remedy)
 
 
 def _set_compilation_cache(choice: bool | str | Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from jaxengine.errors import EngineError, WeightsDeletedError
 from jaxengine.llm import LLM
-from jaxengine.request import RequestOutput, SamplingParams
+from jaxengine.request import RequestOutput, SamplingParams, WeightUpdate
 from jaxengine.tokenizer import Tokenizer
 
 
@@ -107,6 +107,10 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> None:
         """See LLM.reset_prefix_cache."""
         await asyncio.to_thread(self._llm.reset_prefix_cache)
+
+    async def update_weights(self, params: Any, version: int | None = None, **how: Any) -> WeightUpdate:
+        """See LLM.update_weights; requests are served meanwhile."""
+        return await asyncio.to_thread(self._llm.update_weights, params, version, **how)
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its iterator gives one more output, with finish_reason "abort"."""

@@ -17,7 +17,7 @@ from jaxengine.engine.loop import EngineLoop
 from jaxengine.errors import ConfigError, EngineError, RequestError, UnsupportedError, WeightsDeletedError
 from jaxengine.frontend import Frontend, is_token_ids
 from jaxengine.progress import progress_bar
-from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams
+from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams, WeightUpdate
 from jaxengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class LLM:
         self.model_config: ModelConfig = parts.model
         self._tokenizer, self._sampling_defaults = parts.tokenizer, parts.sampling_defaults
         self.frontend: Frontend = parts.frontend
-        self._runner = parts.runner
+        self._runner, self._weights = parts.runner, parts.weights
         self._loop = EngineLoop(parts.engine, on_exit=parts.runner.close)
         self._finalizer = weakref.finalize(self, self._loop.close)  # also when the interpreter ends
 
@@ -212,6 +212,31 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forgets what the prefix cache holds; running requests keep their pages."""
         self._loop.call(lambda engine: engine.reset_prefix_cache())
+
+    def update_weights(
+        self,
+        params: Any,
+        version: int | None = None,
+        *,
+        mode: Literal["wait", "restart", "continue"] = "wait",
+        in_place: bool = False,
+        param_mapping: Mapping[str, ParamRule] | None = None,
+    ) -> WeightUpdate:
+        """Serves other weights of the same model from the next step on, with the compiled programs that are there.
+
+        params: parameters in memory as for the constructor (borrowed where they fit, unless fuse_weights=True), or a
+        checkpoint's folder, file or hub id. version: names them in outputs and metrics; None: the next number.
+        mode: requests in flight finish first on the old weights, while later ones are held back ("wait"); or they
+        "restart" from their prompts; or they "continue": their tokens stay, keys and values are computed again. A
+        request that has streamed tokens continues instead of restarting: the result says so, and `weight_versions` of
+        its output. in_place: the old weights are given up first, so that there is never a second copy. param_mapping:
+        as for the constructor, whose table holds when there is none.
+
+        Everything is checked before anything is touched: CheckpointError names each parameter that does not fit, and
+        the old weights go on serving, as they do after any failure without in_place. With it, a failure after the
+        check ends the engine with an EngineError. MemoryPlanError when there is no room for both.
+        """
+        return self._weights.update(self._loop, params, version, mode, in_place, param_mapping)
 
     @property
     def vocab_size(self) -> int:
@@ -354,7 +379,6 @@ for _name, _instead in {
     "run_batch": "generate takes an iterable of prompts, and its outputs have to_pandas()",
     "sleep": "close() the engine and make a new one",
     "wake_up": "close() the engine and make a new one",
-    "update_weights": "write the parameters as an Orbax checkpoint and make a new engine of it",
     "apply_model": "jaxengine.models.build makes the module from canonical parameters",
 }.items():
     setattr(LLM, _name, _later(_name, _instead))

@@ -15,6 +15,7 @@ from jaxengine.engine.batch import Buckets, build_batch
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.sequence import Request, Sequence
 from jaxengine.engine.slots import Rows
+from jaxengine.engine.updates import PendingUpdate, turn_over
 from jaxengine.errors import EngineError, RequestError, WeightsDeletedError
 from jaxengine.step import StepInputs, StepOutputs
 
@@ -75,13 +76,14 @@ class Engine:
         self._torn = False  # true while a step changes the books: an exception in between leaves them unusable
         self._committing: Seq[Sequence] = ()
         self._dead: Exception | None = None
+        self._update: PendingUpdate | None = None
         self._enders = np.zeros(vocab_size, np.int32)  # by token: requests that it may stop
         self.prompt_tokens = self.generation_tokens = 0
         self.ended: Counter[str] = Counter()  # requests by finish reason, of n completions the first one's
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests) or bool(self._steps) or self.scheduler.has_work
+        return bool(self._requests or self._steps or self._update) or self.scheduler.has_work
 
     def check(self, request: Request) -> None:
         """Raises RequestError for a request that could never run. Reads nothing that steps change: for any thread."""
@@ -103,6 +105,7 @@ class Engine:
         request.queued_time = time.time()
         request.sequences = [Sequence(request, i) for i in range(request.params.n)]
         for sequence in request.sequences:
+            sequence.weight_versions = [(0, self.scheduler.weight_version)]
             self.sink.open(sequence, request.prompt_token_ids, request.params)
         self._requests[request.request_id] = request
         self._enders[self._stop_ids(request)] += 1
@@ -119,6 +122,7 @@ class Engine:
         self._mend()
         self._expire()
         try:
+            self._change_weights()
             started = self._start()
             if self._steps and (len(self._steps) > self.steps_in_flight or not started):
                 self._commit(self._steps[0])
@@ -267,6 +271,45 @@ class Engine:
             "generation_tokens": self.generation_tokens,
             "request_success": dict(self.ended),
         }
+
+    # -- other weights
+
+    def update_weights(self, update: PendingUpdate) -> None:
+        """Takes them up between two steps, as soon as the update's mode allows; `update.done` tells. One at a time."""
+        assert self._update is None
+        self._update = update
+        if update.mode == "wait":
+            update.awaited = list(self._requests.values())
+            self.scheduler.hold()
+
+    def _change_weights(self) -> None:
+        update = self._update
+        if update is None or not update.due:
+            return
+        while self._steps:  # tokens of the old weights
+            self._commit(self._steps[0])
+        self._update = None
+        try:
+            update.install()
+        except Exception as error:
+            self.scheduler.release()
+            update.done.set_exception(error)
+            if update.destructive:
+                raise  # without weights there is no going on
+            return
+        version = self.scheduler.weight_version + 1 if update.version is None else update.version
+        self.scheduler.change_weights(version)
+        report, emptied = turn_over(self._requests.values(), update, version)
+        for sequence in emptied:
+            self.sink.close(sequence, ())
+            self.sink.open(sequence, sequence.request.prompt_token_ids, sequence.params)
+        update.done.set_result(report)
+
+    def drop_update(self, error: Exception) -> None:
+        """There will be no more steps: tells who waits for one."""
+        if self._update is not None:
+            self._update.done.set_exception(error)
+            self._update = None
 
     # -- failures
 

@@ -113,8 +113,8 @@ class Runner:
             next(g for g, group in enumerate(groups) if i in group.layers) for i in range(model.num_layers)
         )
         self._graph, state = nnx.split(build(model, params, max_model_len))
-        self._leaves, self._tree = jax.tree.flatten(state)
-        self._borrowed = self._leaves if borrowed else []
+        leaves, self._tree = jax.tree.flatten(state)
+        self.take_weights(leaves, borrowed)
         self.vocab_size = model.vocab_size
         self._programs: dict[tuple, Any] = {}
         self.compilations = CompilationCounter()
@@ -148,10 +148,21 @@ class Runner:
         """Frees the device memory that the engine made; parameters are freed when their owner drops them."""
         for array in jax.tree.leaves((self._cache, self._slots, self._rules)):
             array.delete()
-        self._leaves, self._borrowed, self._programs = [], [], {}
+        self.take_weights([], borrowed=False)
+        self._programs = {}
         self.compilations.close()
 
-    # -- one step
+    # -- weights
+
+    def flatten(self, params: Mapping[str, jax.Array]) -> list[jax.Array]:
+        """The leaves that programs take, of parameters with the shapes, dtypes and shardings that it started with."""
+        leaves, tree = jax.tree.flatten(nnx.state(build(self.model, params, self.max_model_len)))
+        assert tree == self._tree  # type: ignore[operator]
+        return leaves
+
+    def take_weights(self, leaves: list[jax.Array], borrowed: bool) -> None:
+        """Runs on these from now on; compiled programs stay, and the old ones are freed unless somebody holds them."""
+        self._leaves, self._borrowed = leaves, leaves if borrowed else []
 
     def check_weights(self) -> None:
         """Raises WeightsDeletedError when parameters that the engine borrowed are gone."""
@@ -161,6 +172,8 @@ class Runner:
                 "update_weights with the new ones after each such step, or make the engine with fuse_weights=True to "
                 "have it keep a copy"
             )
+
+    # -- one step
 
     def submit(self, inputs: StepInputs) -> Flight:
         """Starts a step on the device and returns at once. Raises WeightsDeletedError."""

@@ -6,8 +6,16 @@ save_checkpoint(checkpoint, params, Path("elsewhere"))
 """
 
 from jaxengine.weights.checkpoint import Checkpoint, open_checkpoint
-from jaxengine.weights.loading import load_params
+from jaxengine.weights.loading import check_params, load_params
 from jaxengine.weights.parameters import open_parameters
 from jaxengine.weights.saving import check_destination, save_checkpoint
 
-__all__ = ["Checkpoint", "check_destination", "load_params", "open_checkpoint", "open_parameters", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "check_destination",
+    "check_params",
+    "load_params",
+    "open_checkpoint",
+    "open_parameters",
+    "save_checkpoint",
+]

@@ -58,6 +58,20 @@ def load_params(
     return params
 
 
+def check_params(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError as `load_params` would, reading names, shapes and dtypes only."""
+    specs = param_specs(checkpoint.config)
+    if checkpoint.format == "orbax":
+        from jaxengine.weights.orbax_format import check
+
+        check(checkpoint.path, specs)
+    elif checkpoint.format in ("safetensors", "gguf"):
+        try:
+            plan_tensors(checkpoint, specs)
+        except ConversionError as error:
+            raise CheckpointError(str(error)) from error
+
+
 def _stream(
     checkpoint: Checkpoint, specs: Mapping[str, ParamSpec], dtype: str, mesh: jax.sharding.Mesh, report: OnTensor
 ) -> dict[str, jax.Array]:

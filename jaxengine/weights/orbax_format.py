@@ -20,21 +20,30 @@ def save(folder: Path, params: Mapping[str, jax.Array]) -> None:
         checkpointer.save((folder / ORBAX).absolute(), nest(params))
 
 
-def restore(folder: Path, specs: Mapping[str, ParamSpec], dtype: str, mesh: Mesh) -> dict[str, jax.Array]:
-    """Straight to the devices and to `dtype`. Raises CheckpointError with everything that is not as `specs` say."""
+def check(folder: Path, specs: Mapping[str, ParamSpec]) -> None:
+    """Raises CheckpointError with everything that is not as `specs` say; reads no weights."""
     import orbax.checkpoint as ocp
 
+    path = (folder / ORBAX).absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = dict(flatten(checkpointer.metadata(path).item_metadata.tree))
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise CheckpointError(f"{path}: not a complete Orbax checkpoint: {error}") from error
+    raise_unlike(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, specs)
+
+
+def restore(folder: Path, specs: Mapping[str, ParamSpec], dtype: str, mesh: Mesh) -> dict[str, jax.Array]:
+    """Straight to the devices and to `dtype`. Raises CheckpointError, see `check`."""
+    import orbax.checkpoint as ocp
+
+    check(folder, specs)
     path = (folder / ORBAX).absolute()
     want: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=named_sharding(mesh, spec.axes))
         for name, spec in specs.items()
     }
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = dict(flatten(checkpointer.metadata(path).item_metadata.tree))
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise CheckpointError(f"{path}: not a complete Orbax checkpoint: {error}") from error
-        raise_unlike(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, specs)
         try:
             return dict(flatten(checkpointer.restore(path, nest(want))))
         except Exception as error:
