@@ -130,7 +130,7 @@ class Traffic:
             thread.join()
 
 
-@pytest.mark.parametrize("updates", [9, pytest.param(100, marks=pytest.mark.full)])
+@pytest.mark.parametrize("updates", [6, pytest.param(100, marks=pytest.mark.full)])
 def test_updates_during_traffic(updates):
     sets = {which: weights(which) for which in "ab"}  # made, and their programs compiled, before the count begins
     with engine(warmup=True) as llm:
@@ -191,6 +191,30 @@ def test_wait_finishes_on_the_old_weights(llm):
     assert len(output.outputs[0].weight_versions) == 1
     assert output.outputs[0].weight_version == result.version - 5
     assert result.restarted == result.continued == ()
+
+
+def test_wait_holds_later_requests_back(shared, monkeypatch):
+    with fresh(shared) as llm:
+        submit = llm._runner.submit
+        monkeypatch.setattr(llm._runner, "submit", lambda inputs: (time.sleep(0.005), submit(inputs))[1])
+        early, late = [], []
+        first = llm.generate([PROMPT], sampling(60, output_kind="final_only"), stream=True)
+        threads = [threading.Thread(target=lambda: early.extend(first))]
+        threads[0].start()
+        while llm.get_metrics()["generation_tokens"] < 3:
+            time.sleep(0.001)
+        threads.append(threading.Thread(target=llm.update_weights, args=(weights("b"),)))
+        threads[1].start()
+        while llm._loop._engine._update is None:
+            time.sleep(0.001)
+        llm.abort(["unknown"])
+        late += llm.generate([PROMPT, PROMPT[::-1]], sampling(5), use_tqdm=False, priority=-5)
+        for thread in threads:
+            thread.join()
+        assert [o.outputs[0].weight_versions for o in (*early, *late)] == [((0, 0),), ((0, 1),), ((0, 1),)]
+        for output in (*early, *late):
+            check_spans(output, {0: "a", 1: "b"})
+        check_integrity(llm)
 
 
 def test_restart_begins_again(llm):
@@ -367,7 +391,6 @@ def test_close_while_an_update_waits(shared, monkeypatch):
 
 def test_in_place_there_is_never_a_second_copy(shared):
     """Owned weights: the old ones are gone when the new ones are made."""
-
     sets = {which: weights(which) for which in "ab"}
     with engine(fuse_weights=True) as llm:
         llm._runner.compilations.mark_warm()

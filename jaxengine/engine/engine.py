@@ -288,14 +288,13 @@ class Engine:
             return
         while self._steps:  # tokens of the old weights
             self._commit(self._steps[0])
-        self._update = None
         try:
             update.install()
         except Exception as error:
-            self.scheduler.release()
-            update.done.set_exception(error)
             if update.destructive:
                 raise  # without weights there is no going on
+            self.scheduler.release()
+            self.drop_update(error)
             return
         version = self.scheduler.weight_version + 1 if update.version is None else update.version
         self.scheduler.change_weights(version)
@@ -303,10 +302,11 @@ class Engine:
         for sequence in emptied:
             self.sink.close(sequence, ())
             self.sink.open(sequence, sequence.request.prompt_token_ids, sequence.params)
+        self._update = None
         update.done.set_result(report)
 
     def drop_update(self, error: Exception) -> None:
-        """There will be no more steps: tells who waits for one."""
+        """Tells who waits for the update that it will not come."""
         if self._update is not None:
             self._update.done.set_exception(error)
             self._update = None
