@@ -112,6 +112,18 @@ class AsyncLLM:
         """See LLM.update_weights; requests are served meanwhile."""
         return await asyncio.to_thread(self._llm.update_weights, params, version, **how)
 
+    async def sleep(self, level: int = 1) -> None:
+        """See LLM.sleep."""
+        await asyncio.to_thread(self._llm.sleep, level)
+
+    async def wake_up(self, params: Any = None, version: int | None = None) -> None:
+        """See LLM.wake_up."""
+        await asyncio.to_thread(self._llm.wake_up, params, version)
+
+    async def logprobs(self, token_ids: Any) -> list[Any]:
+        """See LLM.logprobs."""
+        return await asyncio.to_thread(self._llm.logprobs, token_ids)
+
     def abort(self, request_id: str) -> None:
         """Ends a request; its iterator gives one more output, with finish_reason "abort"."""
         self._llm.abort([request_id])

@@ -9,10 +9,11 @@ from typing import Any, get_args
 import jax
 
 from jaxengine.config import EngineConfig, ModelConfig, ParamRule
+from jaxengine.engine.engine import Engine
 from jaxengine.engine.loop import EngineLoop
 from jaxengine.engine.runner import Runner
 from jaxengine.engine.updates import PendingUpdate, UpdateMode
-from jaxengine.errors import CheckpointError, ConfigError, EngineError
+from jaxengine.errors import CheckpointError, ConfigError, EngineError, MemoryPlanError
 from jaxengine.request import WeightUpdate
 from jaxengine.weights import Checkpoint, check_params, open_checkpoint, open_parameters
 from jaxengine.weights.prepared import Prepared, load_prepared
@@ -48,15 +49,59 @@ class LiveWeights:
         """See LLM.update_weights."""
         if mode not in get_args(UpdateMode):
             raise ConfigError(f"{mode=} is not one of {', '.join(get_args(UpdateMode))}")
-        if version is not None and not (type(version) is int and 0 <= version <= LATEST_VERSION):
-            raise ConfigError(f"{version=} must be an integer from 0 to 2**63 - 1, or None for the next one")
+        _check_version(version)
         with self._turn:
-            loop.raise_if_ended()
+            loop.call(lambda engine: engine.check_awake())
             checkpoint = self._open(source, self._mapping if mapping is None else mapping)
             install = self._in_place(checkpoint) if in_place else self._staged(checkpoint)
             update = PendingUpdate(version, mode, install, destructive=in_place)
             loop.call(lambda engine: engine.update_weights(update))
             return update.done.result()
+
+    def sleep(self, loop: EngineLoop, level: int) -> None:
+        """See LLM.sleep."""
+        if level not in (1, 2):
+            raise ConfigError(f"{level=} must be 1 (gives up the KV cache) or 2 (the weights too)")
+
+        def fall_asleep(engine: Engine) -> None:
+            engine.sleep(level)
+            self._runner.sleep(level)
+
+        with self._turn:
+            loop.call(fall_asleep)
+
+    def wake_up(self, loop: EngineLoop, source: Any, version: int | None) -> None:
+        """See LLM.wake_up."""
+
+        def wake(engine: Engine) -> None:
+            try:
+                self._runner.reset()
+            except Exception:
+                self._runner.sleep(level)  # gives back what there was room for
+                raise
+            engine.wake_up(update)
+
+        _check_version(version)
+        with self._turn:
+            level = loop.call(lambda engine: engine.asleep)
+            if level < 2 and (source, version) != (None, None):
+                raise ConfigError(f"the weights are still there (sleep level {level}): wake_up(), then update_weights")
+            if level == 2 and source is None:
+                raise ConfigError("sleep(level=2) gave up the weights: wake_up(params_or_path) brings others")
+            update = None
+            if level == 2:
+                install = self._staged(self._open(source, self._mapping))
+                update = PendingUpdate(version, "continue", install, destructive=False)
+            try:
+                if level:
+                    loop.call(wake)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise MemoryPlanError(
+                    f"there is no room for the KV cache yet ({error}); the engine still sleeps: free memory, then "
+                    "wake_up() again"
+                ) from error
 
     def _open(self, source: Any, mapping: Mapping[str, ParamRule] | None) -> Checkpoint:
         """Everything checked that can be without reading weights."""
@@ -95,3 +140,8 @@ class LiveWeights:
                 ) from error
 
         return install
+
+
+def _check_version(version: int | None) -> None:
+    if version is not None and not (type(version) is int and 0 <= version <= LATEST_VERSION):
+        raise ConfigError(f"{version=} must be an integer from 0 to 2**63 - 1, or None for the next one")

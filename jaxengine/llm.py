@@ -179,6 +179,24 @@ class LLM:
         ids = tokenizer.encode_batch(texts, add_special_tokens=False)
         return [{"prompt": text, "prompt_token_ids": row} for text, row in zip(texts, ids)]
 
+    def logprobs(self, token_ids: Any, *, use_tqdm: bool = False) -> list[Any]:
+        """Teacher-forced: what the model gives each token of these sequences but the first, all those before it given.
+
+        token_ids: several lists of token ids. Answers float32 [len - 1] for each. They run as one batch among whatever
+        else is served, and each is of one weight version. Raises RequestError, EngineError.
+
+        >>> with LLM() as llm:
+        ...     [found] = llm.logprobs([llm.encode("import os")])
+        >>> len(found) == len(llm.encode("import os")) - 1 and bool((found < 0).all())
+        True
+        """
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self.generate([{"prompt_token_ids": ids} for ids in token_ids], params, use_tqdm=use_tqdm)
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+        return [output.prompt_logprobs.logprobs for output in outputs if output.prompt_logprobs is not None]
+
     def beam_search(self, prompts: Any, params: BeamSearchParams, *, use_tqdm: bool = False) -> list[BeamSearchOutput]:
         """The best completions of each prompt, best first. Raises RequestError."""
         single = isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0)
@@ -237,6 +255,22 @@ class LLM:
         check ends the engine with an EngineError. MemoryPlanError when there is no room for both.
         """
         return self._weights.update(self._loop, params, version, mode, in_place, param_mapping)
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives device memory back: the KV cache (level 1), or the KV cache and the weights (level 2).
+
+        Compiled programs stay. Requests in flight keep their tokens and go on after `wake_up`; new ones, updates and a
+        second sleep are refused with an EngineError. Borrowed weights are let go of, not deleted.
+        """
+        self._weights.sleep(self._loop, level)
+
+    def wake_up(self, params: Any = None, version: int | None = None) -> None:
+        """Makes the KV cache again, with as many pages as before; awake, it does nothing.
+
+        params, version: after level 2, the weights to serve and their name, as for `update_weights`. Raises
+        MemoryPlanError, and sleeps on, when the memory is not free yet; CheckpointError for weights that do not fit.
+        """
+        self._weights.wake_up(self._loop, params, version)
 
     @property
     def vocab_size(self) -> int:
@@ -373,12 +407,9 @@ def _later(name: str, instead: str) -> Any:
 for _name, _instead in {
     "score": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
     "loglikelihood": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
-    "logprobs": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
     "embed": "only generation is served",
     "rerank": "only generation is served",
     "run_batch": "generate takes an iterable of prompts, and its outputs have to_pandas()",
-    "sleep": "close() the engine and make a new one",
-    "wake_up": "close() the engine and make a new one",
     "apply_model": "jaxengine.models.build makes the module from canonical parameters",
 }.items():
     setattr(LLM, _name, _later(_name, _instead))

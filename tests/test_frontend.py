@@ -112,13 +112,7 @@ def test_bad_options(options, error, message):
         LLM(model_folder(), **({} if "block_size" in options else {"page_size": 8}), **options)
 
 
-def test_a_model_in_memory_is_not_served_yet():
-    with pytest.raises(UnsupportedError, match="model of type dict"):
-        LLM({"params": 1})
-
-
-@pytest.mark.parametrize("name", ["score", "loglikelihood", "logprobs", "embed", "rerank", "run_batch", "sleep",
-                                  "wake_up", "update_weights", "apply_model"])  # fmt: skip
+@pytest.mark.parametrize("name", ["score", "loglikelihood", "embed", "rerank", "run_batch", "apply_model"])
 def test_what_is_not_built_yet(llm, name):
     with pytest.raises(UnsupportedError, match=f"LLM.{name} is not built yet; "):
         getattr(llm, name)("anything", some=1)

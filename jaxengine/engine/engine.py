@@ -77,16 +77,26 @@ class Engine:
         self._committing: Seq[Sequence] = ()
         self._dead: Exception | None = None
         self._update: PendingUpdate | None = None
+        self.asleep = 0  # the level; asleep it takes no requests and makes no steps
         self._enders = np.zeros(vocab_size, np.int32)  # by token: requests that it may stop
         self.prompt_tokens = self.generation_tokens = 0
         self.ended: Counter[str] = Counter()  # requests by finish reason, of n completions the first one's
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests or self._steps or self._update) or self.scheduler.has_work
+        return not self.asleep and (bool(self._requests or self._steps or self._update) or self.scheduler.has_work)
+
+    def check_awake(self) -> None:
+        """Raises EngineError while it sleeps."""
+        if self.asleep:
+            raise EngineError(f"the engine sleeps (level {self.asleep}): call wake_up() first")
 
     def check(self, request: Request) -> None:
-        """Raises RequestError for a request that could never run. Reads nothing that steps change: for any thread."""
+        """Raises RequestError for a request that could never run, EngineError while the engine sleeps.
+
+        Reads nothing that steps change: for any thread.
+        """
+        self.check_awake()
         if too_small := self.scheduler.too_small(request):
             needed, pages = too_small
             raise RequestError(
@@ -123,7 +133,7 @@ class Engine:
         self._expire()
         try:
             self._change_weights()
-            started = self._start()
+            started = not self.asleep and self._start()
             if self._steps and (len(self._steps) > self.steps_in_flight or not started):
                 self._commit(self._steps[0])
         except _DeviceFailure as failure:
@@ -310,6 +320,23 @@ class Engine:
         if self._update is not None:
             self._update.done.set_exception(error)
             self._update = None
+
+    def sleep(self, level: int) -> None:
+        """Unfinished requests keep their tokens, and wait; cache (1) and weights (2) may be taken from the runner."""
+        self._mend()
+        self.check_awake()
+        try:
+            while self._steps:
+                self._commit(self._steps[0])
+        except _DeviceFailure as failure:
+            self._recover(failure)
+        self.scheduler.change_weights(self.scheduler.weight_version)  # no page outlives the cache
+        self.asleep = level
+
+    def wake_up(self, update: PendingUpdate | None) -> None:
+        """The runner has a cache again; the update brings weights where they were given up."""
+        self.asleep, self._update = 0, update
+        self._change_weights()
 
     # -- failures
 

@@ -122,8 +122,7 @@ class Runner:
 
     def reset(self) -> None:
         """Fresh, empty device state: after a failure the donated arrays are gone."""
-        for name in ("_cache", "_slots", "_rules"):  # freed first: twice as much may not fit
-            vars(self).pop(name, None)
+        self.sleep(1)  # freed first: twice as much may not fit
         replicated = named_sharding(self.mesh)
         slots, columns = self.buckets.max_num_seqs + 1, -(-self.max_model_len // self.config.page_size)
 
@@ -144,10 +143,17 @@ class Runner:
             array((slots, MAX_LOGIT_BIAS), jnp.float32),
         )
 
+    def sleep(self, level: int) -> None:
+        """Gives up cache and slots (1), and the weights too (2); programs stay. `reset` makes the former again."""
+        for name in ("_cache", "_slots", "_rules"):
+            for array in jax.tree.leaves(vars(self).pop(name, ())):
+                array.delete()
+        if level > 1:
+            self.take_weights([], borrowed=False)
+
     def close(self) -> None:
         """Frees the device memory that the engine made; parameters are freed when their owner drops them."""
-        for array in jax.tree.leaves((self._cache, self._slots, self._rules)):
-            array.delete()
+        self.sleep(1)
         self.take_weights([], borrowed=False)
         self._programs = {}
         self.compilations.close()
