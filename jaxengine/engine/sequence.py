@@ -79,6 +79,12 @@ class Sequence:
         self.num_read, self.text, self.cumulative_logprob = 0, "", 0.0
         self.logprobs, self.prompt_logprobs, self.weight_versions = [], [], [(0, version)]
 
+    def go_on(self, version: int) -> None:
+        """Keeps its tokens; further ones are drawn from weights of this version."""
+        # Without those that drew nothing: two updates may come with no token between them.
+        drawn = [span for span in self.weight_versions if span[0] < self.num_output]
+        self.weight_versions = [*drawn, (self.num_output, version)]
+
     @property
     def tokens(self) -> np.ndarray:
         """int32: prompt, then output; not to be written to."""

@@ -46,7 +46,7 @@ def turn_over(requests: Iterable[Request], update: PendingUpdate, version: int) 
             if again or not sequence.num_output:
                 sequence.start_over(version)
             else:
-                sequence.weight_versions.append((sequence.num_output, version))
+                sequence.go_on(version)
         if outputs:
             (restarted if again else continued).append(request.request_id)
             emptied += outputs if again else ()
