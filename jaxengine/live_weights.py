@@ -19,6 +19,7 @@ from jaxengine.weights import Checkpoint, check_params, open_checkpoint, open_pa
 from jaxengine.weights.prepared import Prepared, load_prepared
 
 NOT_OF_THE_WEIGHTS = {"dtype", "bos_token_id", "eos_token_ids"}
+STAGED = "the old ones go on serving; in_place=True needs no second copy, gpu_memory_utilization may leave room"
 LATEST_VERSION = 2**63 - 1
 
 
@@ -53,10 +54,14 @@ class LiveWeights:
         with self._turn:
             loop.call(lambda engine: engine.check_awake())
             checkpoint = self._open(source, self._mapping if mapping is None else mapping)
-            install = self._in_place(checkpoint) if in_place else self._staged(checkpoint)
+            install = self._in_place(checkpoint) if in_place else self._staged(checkpoint, STAGED)
             update = PendingUpdate(version, mode, install, destructive=in_place)
             loop.call(lambda engine: engine.update_weights(update))
-            return update.done.result()
+            try:
+                return update.done.result()
+            finally:
+                if not update.done.done():  # the caller was interrupted
+                    loop.call(lambda engine: engine.drop_update(EngineError("the update was withdrawn")))
 
     def sleep(self, loop: EngineLoop, level: int) -> None:
         """See LLM.sleep."""
@@ -90,7 +95,7 @@ class LiveWeights:
                 raise ConfigError("sleep(level=2) gave up the weights: wake_up(params_or_path) brings others")
             update = None
             if level == 2:
-                install = self._staged(self._open(source, self._mapping))
+                install = self._staged(self._open(source, self._mapping), "the engine still sleeps: free memory first")
                 update = PendingUpdate(version, "continue", install, destructive=False)
             try:
                 if level:
@@ -121,8 +126,7 @@ class LiveWeights:
     def _load(self, checkpoint: Checkpoint, remedy: str) -> Prepared:
         return load_prepared(checkpoint, self._config, self._mesh, remedy=remedy)
 
-    def _staged(self, checkpoint: Checkpoint) -> Any:
-        remedy = "the old ones go on serving; in_place=True needs no second copy, gpu_memory_utilization may leave room"
+    def _staged(self, checkpoint: Checkpoint, remedy: str) -> Any:
         prepared = self._load(checkpoint, remedy)
         leaves = self._runner.flatten(prepared.params)
         return lambda: self._runner.take_weights(leaves, prepared.borrowed)

@@ -5,8 +5,9 @@ import itertools
 import threading
 import time
 import weakref
+from concurrent.futures import Future
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,9 @@ from jaxengine import (
     MemoryPlanError,
     SamplingParams,
     WeightsDeletedError,
+    live_weights,
 )
+from jaxengine.engine.updates import PendingUpdate
 from jaxengine.sharding import create_mesh
 from jaxengine.weights import load_params, open_checkpoint, parameters
 from tests.models.harness import PagedModel
@@ -387,6 +390,24 @@ def test_close_while_an_update_waits(shared, monkeypatch):
     llm.close()
     thread.join()
     assert len(failed) == 1
+
+
+def test_an_interrupted_caller_withdraws_its_update(llm, monkeypatch):
+    class Interrupted(Future):
+        def result(self, timeout=None):
+            raise KeyboardInterrupt
+
+    version = llm.get_metrics()["weight_version"]
+    stream = llm.generate([PROMPT], sampling(200), stream=True)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(live_weights, "PendingUpdate", partial(PendingUpdate, done=Interrupted()))
+        with pytest.raises(KeyboardInterrupt):
+            llm.update_weights(weights("b"))
+    [output] = llm.generate([PROMPT], sampling(5), use_tqdm=False)  # nobody is held back
+    check_spans(output, {version: "a"})
+    stream.close()
+    assert llm.update_weights(weights("b")).version == version + 1
 
 
 def test_in_place_there_is_never_a_second_copy(shared):

@@ -303,7 +303,6 @@ class Engine:
         except Exception as error:
             if update.destructive:
                 raise  # without weights there is no going on
-            self.scheduler.release()
             self.drop_update(error)
             return
         version = self.scheduler.weight_version + 1 if update.version is None else update.version
@@ -317,6 +316,7 @@ class Engine:
 
     def drop_update(self, error: Exception) -> None:
         """Tells who waits for the update that it will not come."""
+        self.scheduler.release()
         if self._update is not None:
             self._update.done.set_exception(error)
             self._update = None
