@@ -11,7 +11,7 @@ import pytest
 
 from jaxengine import LLM, AsyncLLM, CheckpointError, ConfigError, EngineError, MemoryPlanError, SamplingParams
 from jaxengine.engine import runner
-from tests.test_update_weights import CONFIGS, PROMPT, SMALL, check_spans, engine, sampling, weights
+from tests.test_update_weights import CONFIGS, PROMPT, SMALL, check_spans, engine, sampling, slowed, weights
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, shared_llm
 
 
@@ -67,10 +67,8 @@ def test_each_level_gives_back_what_it_says(fuse_weights):
     assert not any(x.is_deleted() for x in sets["a"].values())
 
 
-def test_requests_in_flight_sleep_too(programs, monkeypatch):
-    with fresh(programs) as llm:
-        submit = llm._runner.submit
-        monkeypatch.setattr(llm._runner, "submit", lambda inputs: (time.sleep(0.002), submit(inputs))[1])
+def test_requests_in_flight_sleep_too(programs):
+    with fresh(programs) as llm, slowed(llm):
         for level, spans in ((1, 1), (2, 2)):
             outputs = []
             thread = threading.Thread(
@@ -100,16 +98,17 @@ def test_requests_in_flight_sleep_too(programs, monkeypatch):
 
 def test_abort_and_close_while_it_sleeps(programs):
     llm = fresh(programs)
-    stream = llm.generate([PROMPT], sampling(200), stream=True)
-    request_id = next(stream).request_id
-    llm.sleep()
-    llm.abort([request_id])
-    assert [output.outputs[0].finish_reason for output in stream][-1] == "abort"
-    llm.wake_up()
-    stream = llm.generate([PROMPT], sampling(200), stream=True)
-    next(stream)
-    llm.sleep(2)
-    llm.close()
+    with slowed(llm):
+        stream = llm.generate([PROMPT], sampling(200), stream=True)
+        request_id = next(stream).request_id
+        llm.sleep()
+        llm.abort([request_id])
+        assert [output.outputs[0].finish_reason for output in stream][-1] == "abort"
+        llm.wake_up()
+        stream = llm.generate([PROMPT], sampling(200), stream=True)
+        next(stream)
+        llm.sleep(2)
+        llm.close()
     with pytest.raises(EngineError, match="closed"):
         list(stream)
 

@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 
 import jax
@@ -102,6 +102,17 @@ def fresh(shared, **options):
     return llm
 
 
+@contextmanager
+def slowed(llm, seconds=0.005):
+    """Steps that take so long that a request of many tokens is still in flight when the test comes to it."""
+    submit = llm._runner.submit
+    llm._runner.submit = lambda inputs: (time.sleep(seconds), submit(inputs))[1]
+    try:
+        yield
+    finally:
+        llm._runner.submit = submit
+
+
 class Traffic:
     """Threads that generate until they are told to stop."""
 
@@ -139,7 +150,7 @@ def test_updates_during_traffic(updates):
     with engine(warmup=True) as llm:
         names = {0: "a"}
         compiled = len(llm._runner._programs)
-        with Traffic(llm) as traffic:
+        with slowed(llm, 0.001), Traffic(llm) as traffic:
             for i, mode in zip(range(1, updates + 1), itertools.cycle(("continue", "restart", "wait"))):
                 seen = len(traffic.outputs)
                 while len(traffic.outputs) < seen + 2 and not traffic.errors:
@@ -170,15 +181,16 @@ def in_flight(llm, mode, stream=False, **fields):
         if not stream:
             outputs.extend(llm.generate([PROMPT], sampling(60, **fields), use_tqdm=False))
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    if stream:
-        started.wait()
-    else:
-        before = llm.get_metrics()["generation_tokens"]
-        while llm.get_metrics()["generation_tokens"] < before + 3:
-            time.sleep(0.001)
-    result = llm.update_weights(weights("b"), version + 5, mode=mode)
+    with slowed(llm):
+        thread = threading.Thread(target=run)
+        thread.start()
+        if stream:
+            started.wait()
+        else:
+            before = llm.get_metrics()["generation_tokens"]
+            while llm.get_metrics()["generation_tokens"] < before + 3:
+                time.sleep(0.001)
+        result = llm.update_weights(weights("b"), version + 5, mode=mode)
     [after] = llm.generate([PROMPT], sampling(4), use_tqdm=False)
     thread.join()
     names = {version: "a", version + 5: "b"}
@@ -196,10 +208,8 @@ def test_wait_finishes_on_the_old_weights(llm):
     assert result.restarted == result.continued == ()
 
 
-def test_wait_holds_later_requests_back(shared, monkeypatch):
-    with fresh(shared) as llm:
-        submit = llm._runner.submit
-        monkeypatch.setattr(llm._runner, "submit", lambda inputs: (time.sleep(0.005), submit(inputs))[1])
+def test_wait_holds_later_requests_back(shared):
+    with fresh(shared) as llm, slowed(llm):
         early, late = [], []
         first = llm.generate([PROMPT], sampling(60, output_kind="final_only"), stream=True)
         threads = [threading.Thread(target=lambda: early.extend(first))]
@@ -237,19 +247,20 @@ def test_continue_keeps_what_there_is(llm, mode, stream):
 
 def test_deltas_have_spans_of_their_own(llm):
     version, tokens, spans = llm.get_metrics()["weight_version"], [], []
-    for output in llm.generate(PROMPT, sampling(40, output_kind="delta"), stream=True):
-        [completion] = output.outputs
-        spans += [(len(tokens) + first, version) for first, version in completion.weight_versions]
-        tokens += completion.token_ids
-        if len(tokens) >= 3 and version == llm.get_metrics()["weight_version"]:
-            llm.update_weights(weights("b"), mode="continue")
+    with slowed(llm):
+        for output in llm.generate(PROMPT, sampling(40, output_kind="delta"), stream=True):
+            [completion] = output.outputs
+            spans += [(len(tokens) + first, version) for first, version in completion.weight_versions]
+            tokens += completion.token_ids
+            if len(tokens) >= 3 and version == llm.get_metrics()["weight_version"]:
+                llm.update_weights(weights("b"), mode="continue")
     assert len(tokens) == 40 and spans[0] == (0, version) and spans[-1][1] == version + 1
     assert {v for _, v in spans} == {version, version + 1} and spans == sorted(spans)
 
 
 def test_text_and_prompt_logprobs_start_over_too():
     """A restarted text holds nothing of the old weights', and log-probabilities of a prompt are one version's."""
-    with LLM(model_folder(), **OPTIONS) as llm:
+    with LLM(model_folder(), **OPTIONS) as llm, slowed(llm):
         outputs = []
         long = list(range(3, 250))
         params = [sampling(5, prompt_logprobs=0), sampling(100, detokenize=True, stop=["never to be found"])]
@@ -342,7 +353,7 @@ def test_a_failed_update_leaves_the_old_weights(llm, monkeypatch):
 
 
 def test_a_failure_in_place_ends_the_engine(shared, monkeypatch):
-    with fresh(shared) as llm:
+    with fresh(shared) as llm, slowed(llm):
         done = []
 
         def read():
@@ -369,26 +380,25 @@ def test_a_failure_in_place_ends_the_engine(shared, monkeypatch):
         assert 0 < len(done) < 200
 
 
-def test_close_while_an_update_waits(shared, monkeypatch):
+def test_close_while_an_update_waits(shared):
     llm = fresh(shared)
-    submit, slow = llm._runner.submit, threading.Event()
-    monkeypatch.setattr(llm._runner, "submit", lambda inputs: (slow.wait(0.02), submit(inputs))[1])
-    stream = llm.generate([PROMPT], sampling(200), stream=True)
-    next(stream)
-    failed = []
+    with slowed(llm):
+        stream = llm.generate([PROMPT], sampling(200), stream=True)
+        next(stream)
+        failed = []
 
-    def update():
-        try:
-            llm.update_weights(weights("b"))
-        except EngineClosedError as error:
-            failed.append(error)
+        def update():
+            try:
+                llm.update_weights(weights("b"))
+            except EngineClosedError as error:
+                failed.append(error)
 
-    thread = threading.Thread(target=update)
-    thread.start()
-    while llm._loop._engine._update is None:
-        time.sleep(0.001)
-    llm.close()
-    thread.join()
+        thread = threading.Thread(target=update)
+        thread.start()
+        while llm._loop._engine._update is None:
+            time.sleep(0.001)
+        llm.close()
+        thread.join()
     assert len(failed) == 1
 
 
@@ -399,8 +409,8 @@ def test_an_interrupted_caller_withdraws_its_update(llm, monkeypatch):
 
     version = llm.get_metrics()["weight_version"]
     stream = llm.generate([PROMPT], sampling(200), stream=True)
-    next(stream)
-    with monkeypatch.context() as patch:
+    with slowed(llm), monkeypatch.context() as patch:
+        next(stream)
         patch.setattr(live_weights, "PendingUpdate", partial(PendingUpdate, done=Interrupted()))
         with pytest.raises(KeyboardInterrupt):
             llm.update_weights(weights("b"))
@@ -457,10 +467,11 @@ def test_from_asyncio(shared):
         async with AsyncLLM(weights("a"), config=CONFIGS["llama"], **SMALL) as llm:
             llm._llm._runner._programs = shared._runner._programs
             result, last = None, None
-            async for output in llm.generate(PROMPT, sampling(40)):
-                last = output
-                if result is None:
-                    result = await llm.update_weights(weights("b"), 7, mode="restart")
+            with slowed(llm._llm):
+                async for output in llm.generate(PROMPT, sampling(40)):
+                    last = output
+                    if result is None:
+                        result = await llm.update_weights(weights("b"), 7, mode="restart")
             return last, result
 
     output, result = asyncio.run(run())
