@@ -272,6 +272,12 @@ def test_text_and_prompt_logprobs_start_over_too():
             {name: np.flip(x, -1 if x.ndim == 2 and "embed" not in name else 0) for name, x in tensors().items()},
             mode="restart",
         )
+        read = llm._loop.call(  # by the detokenizers: nothing of what was dropped
+            lambda engine: [
+                (len(output._ids), sequence.num_read) for sequence, output in engine.sink._outputs.items() if output
+            ]
+        )
+        assert read and all(ids == known for ids, known in read)
         thread.join()
         assert outputs[1].request_id in result.restarted
         [completion] = outputs[1].outputs
