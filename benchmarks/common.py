@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +76,19 @@ def rates(bytes_read: int, matrix: int) -> tuple[float, float]:
     from jaxengine.benchmark.device import matmul_rate, read_rate
 
     return read_rate(bytes_read), matmul_rate(matrix)
+
+
+def peer_results(command: str) -> list[dict[str, Any]]:
+    """The lines `RESULT {...}` that another engine's script prints, run in the script's folder.
+
+    Raises CalledProcessError when it fails.
+    """
+    print(f"peer: {command}", flush=True)
+    words = [os.path.abspath(word) if os.path.isfile(word) else word for word in shlex.split(command)]
+    folder = next((os.path.dirname(word) for word in words if word.endswith(".py")), None)
+    done = subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return [json.loads(line) for line in lines]
 
 
 def report(result: dict[str, Any]) -> None:

@@ -8,29 +8,14 @@ script that takes `--device cpu --dtype float32 --model llama150m --workloads ..
 """
 
 import argparse
-import json
 import os
-import shlex
-import subprocess
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-from benchmarks.common import longest, random_llm, report, time_workload
+from benchmarks.common import longest, peer_results, random_llm, report, time_workload
 
 SHAPE = "llama150m"
-
-
-def peer_results(script: Path, python: str, workloads: str, extra: str) -> list[dict[str, Any]]:
-    """The result lines of the peer. Raises CalledProcessError when it fails."""
-    command = [python, script.name, "--device", "cpu", "--dtype", "float32", "--model", SHAPE, "--workloads", workloads]
-    print(f"peer: {shlex.join([*command, *shlex.split(extra)])}", flush=True)
-    done = subprocess.run(
-        [*command, *shlex.split(extra)], cwd=script.parent, stdout=subprocess.PIPE, text=True, check=True
-    )
-    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    return [json.loads(line) for line in lines]
 
 
 def main() -> None:
@@ -54,7 +39,8 @@ def main() -> None:
                 report(result | {"engine": "jaxengine", "when": half})
                 ours[name].append(result["out_tok_s"])
             if args.peer and half == "before":
-                for row in peer_results(args.peer.resolve(), args.peer_python, args.workloads, args.peer_args):
+                options = f"--device cpu --dtype float32 --model {SHAPE} --workloads {args.workloads} {args.peer_args}"
+                for row in peer_results(f"{args.peer_python} {args.peer.resolve()} {options}"):
                     report(row)
                     peers[row["workload"]][row["engine"]] = row["out_tok_s"]
     print(f"\noutput tokens/s, {SHAPE}, float32, {os.cpu_count()} cores")

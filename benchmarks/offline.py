@@ -1,13 +1,14 @@
 """Random bfloat16 weights of a real model's shape, many requests through `LLM.generate`, beside the hardware's limit.
 
-    python -m benchmarks.offline --model llama8b --workloads bs1,bs64,fixed256,nano,decode
+    python -m benchmarks.offline --model llama8b --workloads bs1,bs64,fixed256,nano,decode --idle
 
 The limit is computed from the read bandwidth and the rate of matrix products measured in the same run.
 """
 
 import argparse
 
-from benchmarks.common import claim_memory, longest, random_llm, rates, report, time_workload
+from benchmarks.common import claim_memory, longest, peer_results, random_llm, rates, report, time_workload
+from benchmarks.idle import queued_seconds, recorded
 from benchmarks.workloads import SHAPES, floor_seconds, requests
 
 
@@ -24,8 +25,13 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--steps-in-flight", type=int, default=1)
+    parser.add_argument("--peer", action="append", default=[], help="command of another engine's script, run first")
+    parser.add_argument("--idle", action="store_true", help="also how long the device had nothing to do")
     args = parser.parse_args()
 
+    for command in args.peer:  # before jax takes the memory
+        for row in peer_results(command):
+            report(row)
     claim_memory()
     import jax
 
@@ -47,6 +53,10 @@ def main() -> None:
             prompts, lengths = requests(name, shape.vocab_size)
             floor = floor_seconds(shape, prompts, lengths, bandwidth, flops)
             result |= {"floor_seconds": floor, "share_of_floor": floor / result["seconds"]}
+            if args.idle:
+                with recorded(llm._runner) as steps:
+                    again = time_workload(llm, args.model, name, repeats=1, warmups=0)
+                result["idle"] = 1 - queued_seconds(llm._runner, steps) / again["seconds"]
             report(result)
 
 

@@ -1,6 +1,6 @@
 """The families by `model_type`: config.json to ModelConfig's arguments, tensor names to canonical ones."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from converters import ConversionError, UnsupportedOptionError, gpt2, llama, mistral, qwen2, qwen3
@@ -30,6 +30,14 @@ def target(model_type: str, name: str) -> Target | None:
     """What a tensor of this name becomes; None for a name that the family does not have."""
     family = FAMILIES[model_type]
     return find(family.TENSORS, family.PREFIX, name)
+
+
+def tensors(model_type: str, paths: Iterable[str]) -> dict[str, Target]:
+    """The checkpoint that holds these canonical parameters: every tensor, named as transformers names it."""
+    family = FAMILIES[model_type]
+    names = dict.fromkeys(find_source(family.TENSORS, path) for path in paths)
+    found = {name: find(family.TENSORS, family.PREFIX, name) for name in names}
+    return {name if name.startswith("lm_head") else family.PREFIX + name: t for name, t in found.items() if t}
 
 
 def source(model_type: str, path: str) -> str:

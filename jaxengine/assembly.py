@@ -23,7 +23,7 @@ from jaxengine.progress import counting_bar
 from jaxengine.sharding import create_mesh
 from jaxengine.text import TextSink
 from jaxengine.tokenizer import Tokenizer
-from jaxengine.weights import Checkpoint, open_checkpoint, open_parameters
+from jaxengine.weights import Checkpoint, checkpoint_in_memory, open_checkpoint
 from jaxengine.weights.hub import locate
 from jaxengine.weights.prepared import Prepared, load_prepared
 
@@ -72,14 +72,10 @@ def assemble(
     param_mapping: Mapping[str, ParamRule] | None,
     **source: Any,
 ) -> Parts:
-    """`source` goes to weights.open_checkpoint. Raises what LLM says."""
+    """`source` goes to weights.open_checkpoint, where `model` is no tree of parameters. Raises what LLM says."""
     _set_compilation_cache(config.compilation_cache)
-    if isinstance(model, str | os.PathLike):
-        checkpoint = open_checkpoint(model, **source)
-    else:
-        checkpoint = open_parameters(
-            model, model_config, mapping=param_mapping, hf_overrides=source.get("hf_overrides")
-        )
+    named = isinstance(model, str | os.PathLike)
+    checkpoint = open_checkpoint(model, **source) if named else checkpoint_in_memory(model, model_config, param_mapping)
     mesh = config.mesh or create_mesh()
     device = mesh.devices.flat[0]
     if device.platform not in PLATFORMS:

@@ -1,4 +1,4 @@
-"""`jaxengine generate | chat | convert | bench | collect-env`. Options and defaults come from the library's classes."""
+"""`jaxengine generate | chat | run-batch | convert | bench | collect-env`: options and defaults are the library's."""
 
 import importlib.metadata
 import inspect
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -41,6 +42,7 @@ PACKAGES = (
 )  # fmt: skip
 Options = dict[str, inspect.Parameter]
 Given = dict[str, Any]
+FileFormat = Literal["orbax", "safetensors"]
 OutputJson = Annotated[Path | None, typer.Option(help="File for the whole result.")]
 
 
@@ -225,11 +227,57 @@ def read_line() -> str:
 
 
 @app.command()
+@takes(engine=ENGINE, sampling=SAMPLED)
+def run_batch(
+    engine: Given,
+    sampling: Given,
+    input: Annotated[Path, typer.Option("-i", "--input", help="JSONL in OpenAI's batch format; or .csv, .parquet.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSONL; what it holds already is not done again.")],
+    column: Annotated[str | None, typer.Option(help="Of a table, the column with the prompts.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Of a table, the column with the custom_ids.")] = None,
+    url: Annotated[str | None, typer.Option(help="Of a table, what its prompts are for; else /v1/completions.")] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="What a body's model may be; else the --model, or its last part.")
+    ] = None,
+    retry_errors: Annotated[bool, typer.Option(help="Run the lines again that have an error.")] = False,
+    max_in_flight: Annotated[
+        int | None, typer.Option(help="Requests in the engine at a time; else twice max_num_seqs.", min=1)
+    ] = None,
+) -> None:
+    """Answer a file of requests. Stopped in any way, the same command goes on where it was.
+
+    Sampling options hold where a body says nothing (chat: max_tokens is as many as fit). SIGTERM ends the run with
+    status 143; what is answered is in the output.
+    """
+    from jaxengine.evaluate.batch import Stop
+
+    stop = Stop()
+    with open_llm(engine) as llm:
+        before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        try:
+            summary = llm.run_batch(
+                input, output, defaults=sampling, column=column, id_column=id_column, url=url, stop=stop,
+                served_model_name=served_model_name, retry_errors=retry_errors, max_in_flight=max_in_flight,
+            )  # fmt: skip
+        except OSError as error:
+            sys.exit(f"jaxengine: {error}")
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    counts = f"{summary.completed} answered, {summary.failed} failed, {summary.skipped} were done before"
+    print(f"{output}: {counts}{'; stopped before the end' if summary.stopped else ''}", file=sys.stderr)
+    if summary.stopped:
+        raise typer.Exit(128 + signal.SIGTERM)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.")],
     destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
+    to: Annotated[
+        FileFormat, typer.Option(help="Orbax, canonical; or safetensors, as transformers has them.")
+    ] = "orbax",
 ) -> None:
-    """Write a model's canonical parameters as an Orbax checkpoint, which `--model DESTINATION` then serves."""
+    """Write a model in another format, which `--model DESTINATION` then serves."""
     import jax
 
     from jaxengine.sharding import create_mesh
@@ -239,7 +287,7 @@ def convert(
     checkpoint = open_checkpoint(source)
     cpu = create_mesh(devices=jax.local_devices(backend="cpu"))  # a model may be larger than the accelerator's memory
     params = load_params(checkpoint, checkpoint.config.dtype, cpu)
-    save_checkpoint(checkpoint, params, destination)
+    save_checkpoint(checkpoint, params, destination, to)
     count = sum(array.size for array in params.values())
     print(f"{destination}: {count:,} parameters of {len(params)} tensors in {checkpoint.config.dtype}")
 

@@ -32,7 +32,6 @@ class Frontend:
         self.tokenizer, self.vocab_size, self.max_model_len = tokenizer, vocab_size, max_model_len
         self.max_logprobs, self.eos_token_ids, self.seed = max_logprobs, tuple(eos_token_ids), seed
         self._arrivals = itertools.count()
-        self._longest_prompt = max_model_len - 1  # one token at least is drawn
 
     def token_ids(self, prompts: Sequence[Any]) -> list[Any]:
         """The prompts with every text encoded, all at once: {"prompt", "prompt_token_ids", "cache_salt"} each."""
@@ -52,7 +51,7 @@ class Frontend:
             raise RequestError(f"sampling_params={params!r} must be SamplingParams")
         if not isinstance(priority, Integral):
             raise RequestError(f"{priority=} must be an integer; smaller goes first")
-        ids = self._checked_ids(prompt["prompt_token_ids"], prompt["prompt"])
+        ids = self._checked_ids(prompt["prompt_token_ids"], prompt["prompt"], params.max_tokens != 0)
         params.validate_for(self.vocab_size, self.max_logprobs)
         room = self.max_model_len - len(ids)
         if params.min_tokens > room:
@@ -94,7 +93,7 @@ class Frontend:
             needs_last_token=any(len(word) > 1 for word in bad_words),
         )
 
-    def _checked_ids(self, ids: Any, text: str | None) -> list[int]:
+    def _checked_ids(self, ids: Any, text: str | None, draws: bool) -> list[int]:
         ids = [int(token) for token in ids]
         if not ids:
             raise RequestError(f"prompt {text!r} has no tokens" if text is not None else "prompt_token_ids=[] is empty")
@@ -102,11 +101,13 @@ class Frontend:
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
             raise RequestError(f"token id {bad} is out of range: the vocabulary has {self.vocab_size} tokens")
-        if len(ids) > self._longest_prompt:
+        if len(ids) + draws > self.max_model_len:
             raise RequestError(
-                f"a prompt of {len(ids)} tokens leaves no room for output within max_model_len={self.max_model_len}; "
-                "shorten it, or make the engine with a larger max_model_len"
+                f"a prompt of {len(ids)} tokens {'leaves no room for output' if draws else 'does not fit'} within "
+                f"max_model_len={self.max_model_len}; shorten it, or make the engine with a larger max_model_len"
             )
+        if not draws and len(ids) == 1:
+            raise RequestError("max_tokens=0 and a prompt of one token: there is no log-probability to compute")
         return ids
 
     def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:

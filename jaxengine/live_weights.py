@@ -15,7 +15,7 @@ from jaxengine.engine.runner import Runner
 from jaxengine.engine.updates import PendingUpdate, UpdateMode
 from jaxengine.errors import CheckpointError, ConfigError, EngineError, MemoryPlanError
 from jaxengine.request import WeightUpdate
-from jaxengine.weights import Checkpoint, check_params, open_checkpoint, open_parameters
+from jaxengine.weights import Checkpoint, check_params, checkpoint_in_memory, open_checkpoint
 from jaxengine.weights.prepared import Prepared, load_prepared
 
 NOT_OF_THE_WEIGHTS = {"dtype", "bos_token_id", "eos_token_ids"}
@@ -111,7 +111,7 @@ class LiveWeights:
     def _open(self, source: Any, mapping: Mapping[str, ParamRule] | None) -> Checkpoint:
         """Everything checked that can be without reading weights."""
         if not isinstance(source, str | os.PathLike):
-            return open_parameters(source, self._model, mapping=mapping)
+            return checkpoint_in_memory(source, self._model, mapping)
         checkpoint = open_checkpoint(source, use_generation_config=False)
         other = [
             f"{f.name}={getattr(checkpoint.config, f.name)!r}, the engine's has {getattr(self._model, f.name)!r}"
@@ -128,15 +128,16 @@ class LiveWeights:
 
     def _staged(self, checkpoint: Checkpoint, remedy: str) -> Any:
         prepared = self._load(checkpoint, remedy)
-        leaves = self._runner.flatten(prepared.params)
-        return lambda: self._runner.take_weights(leaves, prepared.borrowed)
+        leaves = self._runner.weights.flatten(prepared.params)
+        return lambda: self._runner.weights.take(leaves, prepared.borrowed)
 
     def _in_place(self, checkpoint: Checkpoint) -> Any:
         def install() -> None:
-            self._runner.take_weights([], borrowed=False)
+            weights = self._runner.weights
+            weights.drop()
             try:
                 params, borrowed = self._load(checkpoint, "the old ones are gone")
-                self._runner.take_weights(self._runner.flatten(params), borrowed)
+                weights.take(weights.flatten(params), borrowed)
             except Exception as error:
                 raise EngineError(
                     f"update_weights(in_place=True) failed when the old weights were given up already: {error}; "

@@ -15,9 +15,11 @@ from jaxengine.beam_search import BeamSearchOutput, beam_search
 from jaxengine.config import EngineConfig, ModelConfig, ParamRule, engine_option_names
 from jaxengine.engine.loop import EngineLoop
 from jaxengine.errors import ConfigError, EngineError, RequestError, UnsupportedError, WeightsDeletedError
+from jaxengine.evaluate.batch import BatchSummary, run_batch
 from jaxengine.frontend import Frontend, is_token_ids
 from jaxengine.progress import progress_bar
 from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams, WeightUpdate
+from jaxengine.scoring import Score, encode_pairs, score_pairs, score_rolling
 from jaxengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | os.PathLike | Any = None,
+        model: Any = None,
         *,
         config: Any = None,
         param_mapping: Mapping[str, ParamRule] | None = None,
@@ -53,10 +55,10 @@ class LLM:
         """Loads the model and plans the memory; programs are compiled when they are first needed, or by `warmup=True`.
 
         model: hub id, folder (HuggingFace or Orbax) or GGUF file; None: the small code model that ships with jaxengine.
-        Or parameters in memory (an NNX module of ours, its nnx.State, a dict of arrays in the canonical layout or with
-        a HuggingFace checkpoint's names; any other with `param_mapping`, from patterns of dotted paths to ParamRule):
-        they are borrowed where dtype, layout and sharding fit, see `fuse_weights`. config: of such parameters, a
-        HuggingFace config (dict or transformers object) or a ModelConfig.
+        Or parameters in memory, see docs/trainer.md: an nnx.Module of ours, its state, or a tree of arrays by canonical
+        or by transformers' names, any other with `param_mapping`, from patterns of dotted paths to ParamRule; they are
+        borrowed where dtype, layout and sharding fit, unless fuse_weights=True. config: what they are of, as
+        config.json's content, a transformers config, or a ModelConfig.
         tokenizer: hub id or folder of another tokenizer. load_format: auto, safetensors, gguf, orbax or dummy (seeded
         random weights). hf_overrides: replaces entries of the checkpoint's config. generation_config: "auto" takes
         sampling defaults and further end-of-sequence ids from the checkpoint, "off" does not. block_size: another name
@@ -72,18 +74,30 @@ class LLM:
             )
         if generation_config not in ("auto", "off"):
             raise ConfigError(f"{generation_config=} must be 'auto' or 'off'")
-        in_memory = model is not None and not isinstance(model, str | os.PathLike)
-        if in_memory and (load_format, revision) != ("auto", None):
-            raise ConfigError(f"{load_format=} and {revision=} are of files, model is parameters in memory")
-        if not in_memory and (config, param_mapping) != (None, None):
+        if model is None or isinstance(model, str | os.PathLike):
+            if config is not None or param_mapping is not None:
+                raise ConfigError(
+                    "config= is for parameters in memory, and so is param_mapping=; hf_overrides= changes what a "
+                    "checkpoint says"
+                )
+        elif config is None:
             raise ConfigError(
-                "config and param_mapping are for parameters in memory; hf_overrides changes a checkpoint's config"
+                f"model of type {type(model).__name__}: parameters in memory need config=, which says what they are "
+                "of: config.json's content, a transformers config, or a ModelConfig"
             )
+        elif load_format != "auto" or revision is not None or hf_overrides:
+            raise ConfigError("load_format=, revision= and hf_overrides= are of checkpoints, the model is in memory")
         if block_size is not None:
             options = {"page_size": block_size} | options
         if unknown := set(options) - set(engine_option_names()):
             raise ConfigError(f"LLM has no option {sorted(unknown)}; those of the engine are {engine_option_names()}")
         engine_config = EngineConfig(**options)
+        named = SHIPPED_MODEL if model is None else model
+        self.source = {  # what the weights are, for records of runs; without a name for parameters in memory
+            "model": str(named) if isinstance(named, str | os.PathLike) else None, "revision": revision,
+            "load_format": load_format, "tokenizer": None if tokenizer is None else str(tokenizer),
+            "hf_overrides": dict(hf_overrides or {}), "generation_config": generation_config,
+        }  # fmt: skip
         from jaxengine import assembly  # jax and the model: not before the options are known to be good
 
         parts = assembly.assemble(
@@ -179,6 +193,61 @@ class LLM:
         ids = tokenizer.encode_batch(texts, add_special_tokens=False)
         return [{"prompt": text, "prompt_token_ids": row} for text, row in zip(texts, ids)]
 
+    def beam_search(self, prompts: Any, params: BeamSearchParams, *, use_tqdm: bool = False) -> list[BeamSearchOutput]:
+        """The best completions of each prompt, best first. Raises RequestError."""
+        single = isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0)
+        parsed = self.frontend.token_ids([prompts] if single else list(prompts))
+        return beam_search(self.generate, self.frontend, parsed, params, use_tqdm)
+
+    # -- scores
+
+    def score(
+        self,
+        pairs: Sequence[tuple[Any, Any]],
+        *,
+        add_special_tokens: bool = True,
+        truncate: bool = False,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[Score]:
+        """How probable each continuation is behind its context: one Score for each pair, in their order.
+
+        pairs: (context, continuation), two texts or two lists of token ids. Pairs of one context are computed together
+        and share it through the prefix cache. Tokens are cut as in lm-evaluation-harness: the context's trailing spaces
+        belong to the continuation, and an empty context is the BOS token (EOS, where there is none).
+        add_special_tokens: the context gets what the tokenizer puts before a text. truncate: a context too long for
+        max_model_len loses its first tokens; otherwise it raises.
+
+        Raises RequestError for bad input, EngineError when the device fails.
+
+        >>> with LLM() as llm:
+        ...     scores = llm.score([("import os", "\\nimport sys"), ("import os", "\\n)))")], use_tqdm=False)
+        >>> scores[0].logprob > scores[1].logprob
+        True
+        """
+        ids = encode_pairs(list(pairs), self.encode, self.prefix_token, add_special_tokens)  # type: ignore[arg-type]
+        return score_pairs(
+            self.generate, ids, max_length=self.max_model_len, truncate=truncate, use_tqdm=use_tqdm
+        )  # fmt: skip
+
+    def loglikelihood(self, pairs: Sequence[tuple[Any, Any]], **how: Any) -> list[tuple[float, bool]]:
+        """`score`, as lm-evaluation-harness has it: (sum of log-probabilities, is it what greedy decoding gives)."""
+        return [(score.logprob, score.is_greedy) for score in self.score(pairs, **how)]
+
+    def score_rolling(self, texts: Sequence[Any], *, use_tqdm: bool | Callable[..., Any] = True) -> list[Score]:
+        """How probable whole texts are (texts, or lists of token ids): one Score of all tokens of each.
+
+        The first token stands behind BOS (EOS, where there is none), which is not scored. A text longer than
+        max_model_len comes in windows, as in lm-evaluation-harness with a context of one token. Raises like `score`.
+        """
+        ids = [self.get_tokenizer().encode(text, False) if isinstance(text, str) else list(text) for text in texts]
+        return score_rolling(
+            self.generate, ids, self.prefix_token(), max_length=self.max_model_len, use_tqdm=use_tqdm
+        )  # fmt: skip
+
+    def loglikelihood_rolling(self, texts: Sequence[Any], **how: Any) -> list[float]:
+        """The sums of `score_rolling`."""
+        return [score.logprob for score in self.score_rolling(texts, **how)]
+
     def logprobs(self, token_ids: Any, *, use_tqdm: bool = False) -> list[Any]:
         """Teacher-forced: what the model gives each token of these sequences but the first, all those before it given.
 
@@ -190,18 +259,21 @@ class LLM:
         >>> len(found) == len(llm.encode("import os")) - 1 and bool((found < 0).all())
         True
         """
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
         outputs = self.generate([{"prompt_token_ids": ids} for ids in token_ids], params, use_tqdm=use_tqdm)
         for output in outputs:
             if output.error is not None:
                 raise output.error
         return [output.prompt_logprobs.logprobs for output in outputs if output.prompt_logprobs is not None]
 
-    def beam_search(self, prompts: Any, params: BeamSearchParams, *, use_tqdm: bool = False) -> list[BeamSearchOutput]:
-        """The best completions of each prompt, best first. Raises RequestError."""
-        single = isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0)
-        parsed = self.frontend.token_ids([prompts] if single else list(prompts))
-        return beam_search(self.generate, self.frontend, parsed, params, use_tqdm)
+    def prefix_token(self) -> int:
+        """What stands before a text that has nothing before it: BOS, or EOS. Raises RequestError when there is none."""
+        tokenizer = self.get_tokenizer()
+        for name in ("bos_token", "eos_token"):
+            text = tokenizer.special_tokens.get(name)
+            if text is not None and (token := tokenizer.token_id(text)) is not None:
+                return token
+        raise RequestError("an empty context needs a BOS or EOS token, and the tokenizer names none: give a context")
 
     def encode(self, text: str | Sequence[str], add_special_tokens: bool = True) -> list[int] | list[list[int]]:
         """Token ids of a text, or of each text."""
@@ -209,6 +281,14 @@ class LLM:
         if isinstance(text, str):
             return tokenizer.encode(text, add_special_tokens)
         return tokenizer.encode_batch(text, add_special_tokens)
+
+    def run_batch(self, source: Any, sink: Any, **options: Any) -> BatchSummary:
+        """Answers a batch in OpenAI's format, line by line; started again it goes on where it was stopped.
+
+        source: a JSONL, CSV or parquet file, or an iterable of lines ({"custom_id", "url", "body"}). sink: a JSONL
+        file, or a function that takes each record. options: see jaxengine.evaluate.batch.run_batch.
+        """
+        return run_batch(self, source, sink, **options)
 
     # -- state
 
@@ -347,6 +427,10 @@ class LLM:
         finally:
             self.abort(active)
 
+    def requests(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[Any]:
+        """What `start` takes, one for each prompt, all checked. Raises RequestError. For front ends of ours."""
+        return list(self._requests(list(prompts), params, 0)[0])
+
     def raise_if_ended(self) -> None:
         """Raises EngineError when the engine was closed or cannot go on."""
         self._loop.raise_if_ended()
@@ -405,11 +489,8 @@ def _later(name: str, instead: str) -> Any:
 
 
 for _name, _instead in {
-    "score": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
-    "loglikelihood": "generate with prompt_logprobs=0 gives the log-probabilities of given text",
     "embed": "only generation is served",
     "rerank": "only generation is served",
-    "run_batch": "generate takes an iterable of prompts, and its outputs have to_pandas()",
     "apply_model": "jaxengine.models.build makes the module from canonical parameters",
 }.items():
     setattr(LLM, _name, _later(_name, _instead))

@@ -22,7 +22,7 @@ _INTEGERS = {
     "n": (1, 16384, False),
     "top_k": (-1, INT32_MAX, False),
     "seed": (-(2**63), 2**64 - 1, True),
-    "max_tokens": (1, INT32_MAX, True),
+    "max_tokens": (0, INT32_MAX, True),
     "min_tokens": (0, INT32_MAX, False),
     "logprobs": (-1, INT32_MAX, True),
     "prompt_logprobs": (-1, INT32_MAX, True),
@@ -63,7 +63,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()  # output ends with any of these
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False  # the model's own end-of-sequence tokens do not end the output
-    max_tokens: int | None = 16  # None: as many as max_model_len allows
+    max_tokens: int | None = 16  # None: as many as max_model_len allows; 0: only the log-probabilities of the prompt
     min_tokens: int = 0  # before this many, no token is drawn that would end the output
     logprobs: int | None = None  # for each output token its own and so many best; -1: the whole vocabulary
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
@@ -107,6 +107,11 @@ class SamplingParams:
             raise RequestError(f"output_kind={self.output_kind!r} must be 'cumulative', 'delta' or 'final_only'")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}")
+        if self.max_tokens == 0 and (self.prompt_logprobs is None or self.n != 1):
+            raise RequestError(
+                f"max_tokens=0 draws nothing: it needs prompt_logprobs, and n=1 (given: prompt_logprobs="
+                f"{self.prompt_logprobs}, n={self.n})"
+            )
         if self.stop and not self.detokenize:
             raise RequestError(f"stop={list(self.stop)!r} needs detokenize=True; stop_token_ids work without")
         if self.prompt_logprobs_start and self.prompt_logprobs is None:

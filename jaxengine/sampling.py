@@ -8,6 +8,7 @@ What min_p, top_k and top_p keep is always "all tokens within some distance of t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -284,23 +285,36 @@ def _token_logprobs(distance: jax.Array, tokens: jax.Array, k: int) -> TokenLogp
 
 
 def prompt_logprobs(
-    hidden: jax.Array, head: Callable[[jax.Array], jax.Array], targets: jax.Array, num_logprobs: int, chunk: int = 128
+    hidden: jax.Array,
+    head: Callable[[jax.Array], jax.Array],
+    places: jax.Array,
+    targets: jax.Array,
+    num_logprobs: int,
+    chunk: int = 128,
 ) -> TokenLogprobs:
-    """hidden [T, E], targets int32 [T] -> log-probability of targets[t] under head(hidden[t]), and of the best.
+    """Log-probability of targets[t] under head(hidden[places[t]]), and of the best; anything where places[t] is -1.
 
-    `head` maps [chunk, E] to logits [chunk, V]; logits of no more than `chunk` tokens exist at a time.
+    hidden [T, E]; places, targets int32 [T], those that are asked for first. `head` maps [chunk, E] to logits [chunk,
+    V]: it is computed for what is asked for only, and logits of no more than `chunk` tokens exist at a time.
     """
-    count = len(hidden)
+    count = len(places)
     chunk = min(chunk, count)
-    padding = -count % chunk
+    padding = (0, -count % chunk)
+    places, targets = jnp.pad(places, padding, constant_values=-1), jnp.pad(targets, padding)
 
-    def one(rows_and_targets):
-        rows, ids = rows_and_targets
+    def one(i) -> TokenLogprobs:
+        rows = hidden[jax.lax.dynamic_slice_in_dim(places, i * chunk, chunk)]
+        ids = jax.lax.dynamic_slice_in_dim(targets, i * chunk, chunk)
         return _token_logprobs(_distance(head(rows).astype(jnp.float32)), ids, num_logprobs)
 
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[1])
-    found = jax.lax.map(one, (hidden, jnp.pad(targets, (0, padding)).reshape(-1, chunk)))
-    return jax.tree.map(lambda x: x.reshape(count + padding, *x.shape[2:])[:count], found)
+    def body(i, found: TokenLogprobs) -> TokenLogprobs:
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
+        return jax.tree.map(put, found, one(i))
+
+    shapes = jax.eval_shape(one, jnp.int32(0))
+    found = jax.tree.map(lambda x: jnp.zeros((len(places), *x.shape[1:]), x.dtype), shapes)
+    chunks = (jnp.sum(places >= 0, dtype=jnp.int32) + chunk - 1) // chunk
+    return jax.tree.map(lambda x: x[:count], jax.lax.fori_loop(0, chunks, body, found))
 
 
 def prompt_vocab_logprobs(hidden: jax.Array, head: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -104,6 +104,18 @@ class MaskWrite:
 
 
 @dataclass(frozen=True)
+class PromptSpan:
+    """Consecutive prompt tokens of a row, of whose successors the log-probabilities are asked for."""
+
+    slot: int
+    position: int  # of the first one, in its sequence
+    token: int  # its place in the step
+    begin: int  # its place among all that are asked for
+    count: int
+    whole: bool  # the whole vocabulary is asked for
+
+
+@dataclass(frozen=True)
 class StepInputs:
     """One step, as plain NumPy: all that the runner is given."""
 
@@ -116,8 +128,8 @@ class StepInputs:
     slot_writes: Sequence[SlotWrite] = ()
     logit_writes: Sequence[LogitWrite] = ()
     mask_writes: Sequence[MaskWrite] = ()
-    prompt_targets: np.ndarray | None = None  # int32 [tokens]: the prompt's next token; None: nobody asks
-    prompt_vocab_spans: Sequence[tuple[int, int]] = ()  # token ranges whose whole vocabulary is asked for
+    prompt_asked: np.ndarray | None = None  # int32 [2, tokens]: a token's place in the step (or -1), its successor
+    prompt_spans: Sequence[PromptSpan] = ()  # what `prompt_asked` holds, row by row
     whole_vocab: bool = False  # log-probabilities of the whole vocabulary for each sampled row
 
 
@@ -132,5 +144,5 @@ class StepOutputs:
     top_ids: np.ndarray | None = None  # int32 [rows, k]
     top_logprobs: np.ndarray | None = None
     vocab_logprobs: np.ndarray | None = None  # float32 [rows, vocab]
-    prompt: tuple[np.ndarray, ...] | None = None  # logprob, rank, top ids, top logprobs of each token's successor
-    prompt_vocab: Sequence[np.ndarray] = field(default_factory=tuple)  # per span, float32 [tokens, vocab]
+    prompt: tuple[np.ndarray, ...] | None = None  # logprob, rank, top ids, top logprobs of what was asked for
+    prompt_vocab: Sequence[np.ndarray] = field(default_factory=tuple)  # per `whole` span, float32 [count, vocab]

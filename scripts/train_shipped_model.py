@@ -59,7 +59,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--steps-per-call", type=int, default=50, help="optimizer steps in one call of the device")
     add("--evaluations", type=int, default=20, help="how often held-out bits are measured and a checkpoint is made")
     add("--openings", type=float, default=0.5, help="share of the windows that begin where a function or class does")
-    add("--loops", type=float, default=0.5, help="share of the windows that say some of their lines several times over")
+    add("--loops", type=float, default=0.5, help="share of the windows that say some of their text several times over")
     add("--learning-rate", type=float, default=2e-3)
     add("--weight-decay", type=float, default=0.3)
     add("--dropout", type=float, default=0.15)
@@ -341,8 +341,9 @@ and {shape.kv_heads} for keys and values of {shape.head_dim}, tied embeddings, {
 **Function heads.** Each of the {score.total} heads in `scripts/function_heads.py` is continued greedily, for at most
 {options.new_tokens} tokens, and the function cut out. It counts if `ast.parse` accepts it, if its body says something,
 and if it holds no run of {LOOP} or more tokens that only repeat those right before them. A function that has not ended
-by then is cut after its last full line. A share of {options.loops} of the windows of the last training said some lines
-several times over, and what was said again was learned against, so that greedy text finds its way out of loops.
+by then is cut after its last full line. A share of {options.loops} of the windows of the last training said some lines,
+or pieces of one, several times over, and what was said again was learned against, so that greedy text finds its
+way out of loops.
 
 Made again, by the Python named above, with:
 ```

@@ -89,6 +89,9 @@ def expected(request: Request, windows: Sequence[int | None], vocab: int, index:
             ]
             hiddens.append(mix(*seen))
 
+    if request.max_tokens == 0:
+        compute(prompt - 1)
+        reason = "length"
     while reason is None:
         compute(len(tokens))
         output = len(tokens) - prompt
@@ -311,11 +314,14 @@ class FakeRunner:
             if inputs.whole_vocab:
                 extra["vocab_logprobs"] = np.stack([distribution(x, self.vocab) for *_, x in sampled])
         prompt, spans = None, []
-        if inputs.prompt_targets is not None:
-            padding = [0] * (len(inputs.prompt_targets) - len(hiddens))
-            prompt = self._logprobs([*hiddens, *padding], inputs.prompt_targets.tolist())
+        if inputs.prompt_asked is not None:
+            places, targets = inputs.prompt_asked.tolist()
+            assert max(places) < len(hiddens), "a token that was not computed"
+            prompt = self._logprobs([hiddens[place] if place >= 0 else 0 for place in places], targets)
             spans = [
-                np.stack([distribution(x, self.vocab) for x in hiddens[a:b]]) for a, b in inputs.prompt_vocab_spans
+                np.stack([distribution(x, self.vocab) for x in hiddens[span.token : span.token + span.count]])
+                for span in inputs.prompt_spans
+                if span.whole
             ]
         count = np.ones(len(tokens), np.int32)
         return StepOutputs(

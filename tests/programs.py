@@ -22,13 +22,13 @@ def pool_copies(program, cache):
 
 def compile_undonated(runner, name):
     """A program of this name as it would be if no argument were donated."""
-    key, arguments = next(job[1:] for job in runner._all_programs() if job[0] == name)
-    return jax.jit(partial(getattr(runner, f"_{name}"), *key)).lower(*arguments).compile()
+    key = next(key for other, key in runner._all_keys() if other == name)
+    return jax.jit(partial(getattr(runner, f"_{name}"), *key)).lower(*runner._arguments(name, key)).compile()
 
 
 def check_memory(runner):
     """Every program of a warm runner needs at most what was planned."""
-    assert set(runner._programs) == {(name, *key) for name, key, _ in runner._all_programs()}
+    assert set(runner._programs) == {(name, *key) for name, key in runner._all_keys()}
     needs = [program.memory_analysis().temp_size_in_bytes for program in runner._programs.values()]
     assert 0 < max(needs) <= runner.temporary_bytes, (max(needs), runner.temporary_bytes)
 

@@ -39,10 +39,11 @@ TABLE: dict[str, set[str]] = {
     | {"engine", "weights", "live_weights", "tokenizer", "text", "frontend", "memory", "progress", "kv_cache"}
     | {"sharding"},
     "beam_search": EVERYBODY | {"frontend", "progress", "request"},
-    "llm": EVERYBODY | {"assembly", "frontend", "beam_search", "progress", "engine", "tokenizer", "request", "scoring"},
+    "llm": EVERYBODY
+    | {"assembly", "frontend", "beam_search", "progress", "engine", "tokenizer", "request", "scoring", "evaluate"},
     "async_llm": EVERYBODY | {"llm", "request", "tokenizer"},
     "handoff": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
-    "evaluate": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
+    "evaluate": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer", "progress"},
     "serve": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
     "benchmark": EVERYBODY | {"request", "pallas_kernels", "weights", "sharding"},
     "jaxengine": EVERYBODY | {"llm", "async_llm", "request"},
@@ -56,7 +57,7 @@ THIRD_PARTY = {
 }
 # The host side: plain Python and NumPy.
 NO_JAX = ("jaxengine.request", "jaxengine.errors", "jaxengine.engine")
-JAX_ALLOWED = ("jaxengine.engine.runner",)
+JAX_ALLOWED = ("jaxengine.engine.runner", "jaxengine.engine.device_weights")
 
 
 def module_name(path: Path) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 import pytest
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from jaxengine import cli
@@ -85,9 +86,9 @@ def test_every_engine_field_is_an_option_with_its_default(name):
 
 
 def test_an_answer_may_be_long_by_default():
-    assert "--max-tokens <int> None: as many as max_model_len allows [default: None]" in " ".join(
-        invoke("chat", "--help").split()
-    )
+    shown = " ".join(invoke("chat", "--help").split())
+    meaning = "None: as many as max_model_len allows; 0: only the log-probabilities of the prompt"
+    assert f"--max-tokens <int> {meaning} [default: None]" in shown
 
 
 def test_every_sampling_option_is_a_field():
@@ -219,6 +220,10 @@ def test_convert_writes_what_the_engine_loads(tmp_path):
     assert all((params[path] == again[path]).all() for path in params)
     with pytest.raises(CheckpointError, match="is there already"):
         CliRunner().invoke(cli.app, ["convert", str(source), str(saved)], catch_exceptions=False)
+    invoke("convert", str(saved), str(tmp_path / "back"), "--to", "safetensors")
+    first, last = (folder / "model.safetensors" for folder in (source, tmp_path / "back"))
+    assert load_file(first).keys() == load_file(last).keys()
+    assert all((tensor == load_file(last)[name]).all() for name, tensor in load_file(first).items())
 
 
 def test_errors_are_one_line(capsys, monkeypatch):
@@ -227,7 +232,7 @@ def test_errors_are_one_line(capsys, monkeypatch):
         cli.main()
 
 
-@pytest.mark.parametrize("command", ["serve", "run-batch", "complete"])
+@pytest.mark.parametrize("command", ["serve", "complete"])
 def test_what_is_not_there_is_said(command):
     result = CliRunner().invoke(cli.app, [command])
     assert result.exit_code == 2

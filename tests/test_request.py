@@ -37,7 +37,7 @@ REFUSED = {
     "stop_token_ids": ([-1], [1.5], ["1"], 3, "12", [True]),
     "include_stop_str_in_output": (1, None, "yes"),
     "ignore_eos": (1, None, "yes"),
-    "max_tokens": (0, -5, 1.5, "1", True),
+    "max_tokens": (0, -5, 1.5, "1", True),  # 0: without prompt_logprobs
     "min_tokens": (-1, 17, 1.5, None),  # max_tokens is 16
     "logprobs": (-2, 1.5, "1", True),
     "prompt_logprobs": (-2, 1.5, "1", True),

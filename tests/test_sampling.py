@@ -10,65 +10,24 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from jaxengine import sampling
-from jaxengine.sampling import (
-    SamplingFields,
-    count_row,
-    count_tokens,
-    gumbel,
-    prompt_logprobs,
-    prompt_vocab_logprobs,
-    sample,
+from jaxengine.sampling import count_row, count_tokens, gumbel, sample
+from tests.sampling_cases import (
+    DRAWS,
+    WORDS,
+    B,
+    R,
+    V,
+    draw,
+    equations,
+    log_softmax,
+    make_fields,
+    processed,
+    random_logits,
+    raw,
+    take_rows,
 )
 
-V, R, B = 37, 4, 3  # a vocabulary that does not fill its last word of the mask
-WORDS = -(-V // 32)
-draw = jax.jit(sample, static_argnames=("mode", "num_logprobs", "logprobs_mode", "whole_vocab"))
-# Each new combination of shapes and static arguments compiles for a second: tests share these.
-raw = partial(draw, mode="everything", num_logprobs=5, logprobs_mode="raw", whole_vocab=True)
-processed = partial(draw, mode="everything", num_logprobs=5, logprobs_mode="processed", whole_vocab=True)
-DRAWS = {"greedy": partial(draw, mode="greedy"), "sampled": partial(draw, mode="sampled"), "everything": raw}
-
-
-def make_fields(rows=R, vocab=V, **changes):
-    """Fields of `rows` rows that ask for nothing, but for `changes`: arrays, or one value for all rows."""
-    columns = {
-        "temperature": (np.float32, 1), "top_k": (np.int32, 0), "top_p": (np.float32, 1), "min_p": (np.float32, 0),
-        "presence": (np.float32, 0), "frequency": (np.float32, 0), "repetition": (np.float32, 1),
-        "sample_index": (np.int32, 0),
-    }  # fmt: skip
-    fields = {
-        name: np.full(rows, changes.pop(name, default), dtype)
-        if np.ndim(changes.get(name)) == 0
-        else np.asarray(changes.pop(name), dtype)
-        for name, (dtype, default) in columns.items()
-    }
-    neutral = {
-        "position": np.arange(rows, dtype=np.int32),
-        "seed": np.tile(np.array([[7, 9]], np.uint32), (rows, 1)),
-        "counts": np.zeros((rows, vocab), np.int16),
-        "mask": np.full((rows, -(-vocab // 32)), 0xFFFFFFFF, np.uint32),
-        "bias_ids": np.full((rows, B), -1, np.int32),
-        "bias_values": np.zeros((rows, B), np.float32),
-    }
-    return SamplingFields(**fields, **{**neutral, **changes})
-
-
-def take_rows(fields, index):
-    return jax.tree.map(lambda x: np.asarray(x)[index], fields)
-
-
-def random_logits(rows=R, vocab=V, seed=0, scale=2.0):
-    return (np.random.default_rng(seed).normal(size=(rows, vocab)) * scale).astype(np.float32)
-
-
 # -- the same, in NumPy and by sorting
-
-
-def log_softmax(x):
-    x = np.asarray(x, np.float64)
-    x = x - x.max(-1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 def kept(logits, top_k, top_p, min_p):
@@ -363,114 +322,6 @@ def test_counts_do_not_overflow(prompt):
     full = np.asarray(count(np.array([*prompt] + [2] * 40_000), len(prompt), len(prompt) + 40_000, V))
     again = np.asarray(jax.jit(count_tokens)(full[None], np.array([0]), np.array([2])))[0]
     assert again.tolist() == full.tolist() and full[2] & 0x7FFF == 0x7FFF and (full[2] < 0) == bool(prompt)
-
-
-# -- log-probabilities
-
-
-@pytest.mark.parametrize(("mode", "k"), [("raw", 0), ("processed", 1), ("processed", 20), ("raw", V + 9)])
-def test_log_probabilities(mode, k):
-    logits, temperature = random_logits(), np.array([0, 0.5, 1, 2], np.float32)
-    drawn = draw(logits, make_fields(temperature=temperature), mode="everything", num_logprobs=k, logprobs_mode=mode)
-    scale = np.where(temperature > 0, temperature, 1)[:, None] if mode == "processed" else 1
-    expected = log_softmax(logits / scale)
-    token = np.asarray(drawn.tokens)
-    own = expected[np.arange(R), token]
-    np.testing.assert_allclose(drawn.logprob, own, atol=1e-5)
-    assert drawn.rank.tolist() == (1 + (expected > own[:, None]).sum(-1)).tolist()
-    order = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
-    assert drawn.top_ids.tolist() == order.tolist() and drawn.top_logprobs.shape == (R, min(k, V))
-    np.testing.assert_allclose(drawn.top_logprobs, np.take_along_axis(expected, order, -1), atol=1e-5)
-    assert drawn.vocab_logprobs.shape == (R, 0)
-
-
-@pytest.mark.parametrize("mode", ["raw", "processed"])
-def test_greedy_tokens_log_probability_is_the_float_of_the_best(mode):
-    logits = random_logits(64, 1000, scale=4)
-    fields = make_fields(64, 1000, temperature=0)
-    drawn = draw(logits, fields, mode="everything", num_logprobs=20, logprobs_mode=mode, whole_vocab=True)
-    assert np.asarray(drawn.logprob).tobytes() == np.asarray(drawn.top_logprobs).max(-1).tobytes()
-    assert np.asarray(drawn.logprob).tobytes() == np.asarray(drawn.vocab_logprobs).max(-1).tobytes()
-    assert drawn.rank.tolist() == [1] * 64
-
-
-def test_log_probabilities_of_a_large_vocabulary_are_exact_enough():
-    logits = random_logits(1, 151_936, scale=0.5)
-    got = jax.jit(prompt_vocab_logprobs, static_argnums=1)(logits, lambda x: x)
-    np.testing.assert_allclose(got, log_softmax(logits), atol=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["greedy", "sampled"])
-def test_neutral_log_probabilities(mode):
-    drawn = DRAWS[mode](random_logits(), make_fields())
-    assert drawn.logprob.tolist() == [0] * R and drawn.rank.tolist() == [0] * R
-    assert drawn.top_ids.shape == drawn.top_logprobs.shape == drawn.vocab_logprobs.shape == (R, 0)
-
-
-# -- prompts
-
-T, E, CHUNK = 50, 8, 16
-
-
-prompt_logprobs_jit = jax.jit(prompt_logprobs, static_argnums=(1, 3, 4))
-
-
-def prompt():
-    rng = np.random.default_rng(5)
-    kernel = rng.normal(size=(E, V)).astype(np.float32)
-    head = partial(jnp.dot, b=kernel, precision=jax.lax.Precision.HIGHEST)
-    return rng.normal(size=(T, E)).astype(np.float32), head, rng.integers(0, V, T).astype(np.int32)
-
-
-@pytest.mark.parametrize("k", [0, 5])
-def test_prompt_log_probabilities(k):
-    hidden, head, targets = prompt()
-    found = prompt_logprobs_jit(hidden, head, targets, k, CHUNK)
-    logits = np.asarray(head(hidden))
-    expected = log_softmax(logits)
-    own = expected[np.arange(T), targets]
-    np.testing.assert_allclose(found.logprob, own, atol=1e-5)
-    assert found.rank.tolist() == (1 + (expected > own[:, None]).sum(-1)).tolist()
-    assert found.top_ids.tolist() == np.argsort(-logits, axis=-1, kind="stable")[:, :k].tolist()
-    np.testing.assert_allclose(
-        found.top_logprobs, np.take_along_axis(expected, np.asarray(found.top_ids), -1), atol=1e-5
-    )
-    whole = prompt_logprobs_jit(hidden, head, targets, k, 1000)
-    for a, b in zip(found, whole):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-def test_prompt_log_probabilities_of_the_whole_vocabulary():
-    hidden, head, targets = prompt()
-    whole = np.asarray(jax.jit(prompt_vocab_logprobs, static_argnums=1)(hidden[:CHUNK], head))
-    found = prompt_logprobs_jit(hidden[:CHUNK], head, targets[:CHUNK], 5, CHUNK)
-    assert whole.dtype == np.float32
-    assert whole[np.arange(CHUNK), targets[:CHUNK]].tolist() == found.logprob.tolist()
-    assert np.take_along_axis(whole, np.asarray(found.top_ids), -1).tolist() == found.top_logprobs.tolist()
-
-
-def equations(jaxpr):
-    """Every equation, those of inner functions too, with the values they compute."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
-def shapes(function, *args):
-    return {v.aval.shape for e in equations(jax.make_jaxpr(function)(*args).jaxpr) for v in e.outvars}
-
-
-def test_prompt_logits_exist_by_the_chunk_only():
-    hidden, head, targets = prompt()
-    chunked = shapes(lambda h, t: prompt_logprobs(h, head, t, 5, CHUNK), hidden, targets)
-    assert (CHUNK, V) in chunked  # the walk does see what is inside
-    assert (
-        max(shape[-2] * shape[-3] if len(shape) > 2 else shape[0] for shape in chunked if shape[-1:] == (V,)) == CHUNK
-    )
-    assert (T, V) in shapes(lambda h, t: prompt_logprobs(h, head, t, 5, T), hidden, targets)
 
 
 # -- what is paid

@@ -9,7 +9,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxengine import LLM, AsyncLLM, CheckpointError, ConfigError, EngineError, MemoryPlanError, SamplingParams
+from jaxengine import (
+    LLM,
+    AsyncLLM,
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    MemoryPlanError,
+    RequestError,
+    SamplingParams,
+)
 from jaxengine.engine import runner
 from tests.test_update_weights import CONFIGS, PROMPT, SMALL, check_spans, engine, sampling, slowed, weights
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, shared_llm
@@ -46,7 +55,7 @@ def test_each_level_gives_back_what_it_says(fuse_weights):
         before = llm.generate([PROMPT], sampling(5), use_tqdm=False)
         device = llm._runner
         cache, slots = bytes_of(device._cache), bytes_of(device._slots, device._rules)
-        own = bytes_of(device._leaves) if fuse_weights else 0
+        own = bytes_of(device.weights.leaves) if fuse_weights else 0
         assert live_bytes() == nothing + cache + slots + own
         device.compilations.mark_warm()
         for _ in range(2):
@@ -200,14 +209,15 @@ def dense_logprobs(params, ids):
 
 def test_logprobs_are_those_of_a_dense_forward():
     llm, random = shared_llm(), np.random.default_rng(0)
-    sequences = [random.integers(3, 600, n).tolist() for n in (2, 9, 33, 120, 255)] + [[5]]
+    sequences = [random.integers(3, 600, n).tolist() for n in (2, 9, 33, 120, 256)]
     sequences.append(sequences[2])  # what lies in the prefix cache is computed again
     found = llm.logprobs(sequences)
     assert [len(x) for x in found] == [len(ids) - 1 for ids in sequences]
     for ids, got in zip(sequences, found, strict=True):
         assert got.dtype == np.float32
-        if len(ids) > 1:
-            np.testing.assert_allclose(got, dense_logprobs(weights("a"), ids), atol=1e-4)
+        np.testing.assert_allclose(got, dense_logprobs(weights("a"), ids), atol=1e-4)
+    with pytest.raises(RequestError, match="a prompt of one token"):
+        llm.logprobs([[5, 6], [5]])
     check_integrity(llm)
 
 

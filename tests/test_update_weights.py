@@ -28,7 +28,7 @@ from jaxengine import (
 )
 from jaxengine.engine.updates import PendingUpdate
 from jaxengine.sharding import create_mesh
-from jaxengine.weights import load_params, open_checkpoint, parameters
+from jaxengine.weights import in_memory, load_params, open_checkpoint
 from tests.models.harness import PagedModel
 from tests.tiny_llm import CONFIGS, MAX_LENGTH, OPTIONS, check_integrity, model_folder, tensors, write_model
 
@@ -351,7 +351,7 @@ def test_a_failed_update_leaves_the_old_weights(llm, monkeypatch):
 
     version = llm.get_metrics()["weight_version"]
     with monkeypatch.context() as patch:
-        patch.setattr(parameters, "_placed", fail)
+        patch.setattr(in_memory, "_placed", fail)
         with pytest.raises(MemoryPlanError, match="the old ones go on serving; in_place=True"):
             llm.update_weights(weights("b"))
     [output] = llm.generate([PROMPT], sampling(5), use_tqdm=False)
@@ -375,7 +375,7 @@ def test_a_failure_in_place_ends_the_engine(shared, monkeypatch):
             raise OSError("the disk is gone")
 
         with monkeypatch.context() as patch:
-            patch.setattr(parameters, "_placed", fail)
+            patch.setattr(in_memory, "_placed", fail)
             with pytest.raises(EngineError, match=r"old weights were given up already: the disk is gone; close\(\)"):
                 llm.update_weights(weights("b"), mode="continue", in_place=True)
         with pytest.raises(EngineError, match="old weights were given up"):
@@ -431,25 +431,25 @@ def test_in_place_there_is_never_a_second_copy(shared):
     sets = {which: weights(which) for which in "ab"}
     with engine(fuse_weights=True) as llm:
         llm._runner.compilations.mark_warm()
-        ghosts = [weakref.ref(x) for x in llm._runner._leaves]
+        ghosts = [weakref.ref(x) for x in llm._runner.weights.leaves]
         alive = []
-        placed = parameters._placed
+        placed = in_memory._placed
 
         def count(*arguments):
             alive.append(sum(ghost() is not None for ghost in ghosts))
             return placed(*arguments)
 
-        parameters._placed = count
+        in_memory._placed = count
         try:
             llm.update_weights(sets["b"], in_place=True)
             assert alive == [0] * len(sets["b"])
-            ghosts[:] = [weakref.ref(x) for x in llm._runner._leaves]
+            ghosts[:] = [weakref.ref(x) for x in llm._runner.weights.leaves]
             alive.clear()
             llm.update_weights(sets["b"])
             assert min(alive) == len(ghosts)  # staged: the old ones serve meanwhile
             assert llm.get_metrics()["compilations_after_warmup"] == 0  # copying and fusing included
         finally:
-            parameters._placed = placed
+            in_memory._placed = placed
 
 
 def test_an_update_after_each_step_of_training(shared):
@@ -463,7 +463,7 @@ def test_an_update_after_each_step_of_training(shared):
             with pytest.raises(WeightsDeletedError):
                 llm.generate([PROMPT], sampling(3), use_tqdm=False)
             llm.update_weights(params)
-            assert {id(x) for x in llm._runner._leaves} == {id(x) for x in params.values()}
+            assert {id(x) for x in llm._runner.weights.leaves} == {id(x) for x in params.values()}
             [output] = llm.generate([PROMPT], sampling(3), use_tqdm=False)
             check_spans(output, {version: which})
 

@@ -1,9 +1,7 @@
-"""Weights in and out: names, shapes, layouts, dtypes; hub; random weights; Orbax; and every fault by its name."""
+"""Weights in: names, shapes, layouts, dtypes; hub; random weights; and every fault by its name."""
 
 import gc
 import json
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -23,8 +21,9 @@ from jaxengine.errors import CheckpointError, ConfigError, ModelNotFoundError, U
 from jaxengine.models import param_specs
 from jaxengine.sharding import ParamSpec, create_mesh, named_sharding
 from jaxengine.tokenizer import Tokenizer
-from jaxengine.weights import hub, load_params, loading, open_checkpoint, save_checkpoint
+from jaxengine.weights import hub, load_params, loading, open_checkpoint
 from tests.references import gguf_files, tiny
+from tests.weight_helpers import assert_same, edit_json
 
 EVERY_DTYPE = ["float32", "bfloat16", "float16"]
 
@@ -34,25 +33,12 @@ def mesh():
     return create_mesh()
 
 
-def edit_json(path, **changes):
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({k: v for k, v in (content | changes).items() if v is not ...}))
-
-
 def rewritten(folder, variant="llama", remove=(), **added):
     """The variant with other tensors in its file."""
     tiny.write_checkpoint(variant, folder)
     arrays = {name: x for name, x in tiny.tensors(variant).items() if name not in remove}
     tiny.write_safetensors(arrays | added, folder)
     return open_checkpoint(folder)
-
-
-def assert_same(params, other):
-    assert set(params) == set(other)
-    for path, array in params.items():
-        assert array.dtype == other[path].dtype
-        assert array.sharding == other[path].sharding
-        np.testing.assert_array_equal(array, other[path], err_msg=path)
 
 
 # -- files
@@ -392,77 +378,6 @@ def test_gguf_faults(tmp_path):
         open_checkpoint(tmp_path / "b.gguf")
     with pytest.raises(CheckpointError, match=r"several GGUF files, give one: a\.gguf, b\.gguf"):
         open_checkpoint(tmp_path)
-
-
-# -- Orbax
-
-
-@pytest.mark.parametrize("variant", ["llama_yarn_betas", "gpt2_bare", "qwen2_legacy"])
-def test_orbax_and_back(tmp_path, mesh, variant):
-    source = tiny.write_checkpoint(variant, tmp_path / "source")
-    edit_json(source / "generation_config.json", eos_token_id=9, top_k=3)
-    checkpoint = open_checkpoint(source)
-    params = load_params(checkpoint, checkpoint.config.dtype, mesh)
-    save_checkpoint(checkpoint, params, tmp_path / "new" / "saved")
-    saved = open_checkpoint(tmp_path / "new" / "saved")
-    assert saved.format == "orbax"
-    assert saved.config == checkpoint.config
-    assert saved.sampling_defaults == {"top_k": 3}
-    assert_same(params, load_params(saved, checkpoint.config.dtype, mesh))
-    assert_same(load_params(checkpoint, "bfloat16", mesh), load_params(saved, "bfloat16", mesh))
-    with pytest.raises(CheckpointError, match="is there already"):
-        save_checkpoint(checkpoint, params, tmp_path / "new" / "saved")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["saved"]
-
-
-def test_orbax_faults(tmp_path, mesh):
-    checkpoint = open_checkpoint(tiny.write_checkpoint("llama", tmp_path / "source"))
-    params = load_params(checkpoint, "float32", mesh)
-    wrong = {path: array for path, array in params.items() if path != "norm.scale"} | {"extra.scale": jnp.ones(3)}
-    with pytest.raises(CheckpointError, match=r"missing: norm\.scale\n  unexpected: extra\.scale \[3\]"):
-        save_checkpoint(checkpoint, wrong, tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-    save_checkpoint(checkpoint, params, tmp_path / "saved")
-    other = open_checkpoint(tmp_path / "saved", hf_overrides={"intermediate_size": 48, "tie_word_embeddings": True})
-    with pytest.raises(CheckpointError) as caught:
-        load_params(other, "float32", mesh)
-    assert "of shape [64, 96], where the config says [64, 48]: layers.0.mlp.up_proj.kernel" in str(caught.value)
-    assert "unexpected: lm_head.kernel [64, 128]" in str(caught.value)
-    (tmp_path / "saved" / "params" / "_METADATA").write_text("{")
-    with pytest.raises(CheckpointError, match="not a complete Orbax checkpoint"):
-        load_params(open_checkpoint(tmp_path / "saved"), "float32", mesh)
-
-
-def test_damaged_orbax(tmp_path, mesh):
-    """In a process of its own: reads that are under way when Orbax gives up complain when they find its loop closed."""
-    checkpoint = open_checkpoint(tiny.write_checkpoint("llama", tmp_path / "source"))
-    save_checkpoint(checkpoint, load_params(checkpoint, "float32", mesh), tmp_path / "saved")
-    data = max((tmp_path / "saved").rglob("d/*"), key=lambda file: file.stat().st_size)
-    data.write_bytes(data.read_bytes()[:100])
-    script = (
-        "from jaxengine.sharding import create_mesh; from jaxengine.weights import load_params, open_checkpoint; "
-        f"load_params(open_checkpoint({str(tmp_path / 'saved')!r}), 'float32', create_mesh())"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "CheckpointError" in done.stderr
-    assert "cannot be read, it may be damaged" in done.stderr
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "llama-bpe", "sentencepiece"])
-def test_a_gguf_files_tokenizer_comes_along(tmp_path, mesh, kind):
-    gguf_files.write_gguf(tmp_path / "model.gguf", kind)
-    checkpoint = open_checkpoint(tmp_path / "model.gguf")
-    save_checkpoint(checkpoint, load_params(checkpoint, "float32", mesh), tmp_path / "saved")
-    saved = open_checkpoint(tmp_path / "saved")
-    assert saved.config == checkpoint.config
-    before, after = Tokenizer.load(checkpoint.tokenizer_source), Tokenizer.load(saved.tokenizer_source)
-    for text in gguf_files.texts():
-        ids = before.encode(text)
-        assert after.encode(text) == ids
-        assert after.decode(ids) == before.decode(ids)
-    assert after.special_tokens == before.special_tokens
-    assert after.chat_templates == before.chat_templates
 
 
 def test_several_devices_share_a_parameter(tmp_path):

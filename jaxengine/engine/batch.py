@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxengine.engine.sequence import Sequence, allowed_mask
 from jaxengine.engine.slots import Rows, SlotTable, spread
-from jaxengine.step import MODES, Bucket, LogitWrite, MaskWrite, SlotWrite, StepInputs, packed_size, unpack
+from jaxengine.step import MODES, Bucket, LogitWrite, MaskWrite, PromptSpan, SlotWrite, StepInputs, packed_size, unpack
 
 
 def bucket_sizes(smallest: int, largest: int, step: int) -> tuple[int, ...]:
@@ -54,8 +54,8 @@ def build_batch(rows: Rows, table: SlotTable, buckets: Buckets, vocab_size: int)
         rows = rows[np.argsort(rows.count > 1, kind="stable")]
     sampling = rows.slots[rows.samples]
     mode = MODES[table.mode[sampling].max(initial=0)]
-    wants_prompt = _wants_prompt_logprobs(rows, table)
-    decode = len(sampling) == len(rows) and longest == 1 and mode != "everything" and not wants_prompt.any()
+    prompt_spans = _prompt_spans(rows, table)
+    decode = len(sampling) == len(rows) and longest == 1 and mode != "everything" and not prompt_spans
     fresh, edits = (table.uploaded == 0)[rows.slots], table.edits_logits[rows.slots]
     writes: dict[str, Any] = {
         "slot_writes": [_slot_write(table, slot) for slot in rows.slots[fresh].tolist()],
@@ -66,18 +66,12 @@ def build_batch(rows: Rows, table: SlotTable, buckets: Buckets, vocab_size: int)
         bucket = buckets.decode(len(rows))
         return rows, StepInputs("decode", bucket, _pack_decode(rows, table, bucket, buckets), mode, **writes)
     bucket = buckets.mixed(int(rows.count.sum()))
-    packed, targets = _pack_mixed(rows, table, bucket, buckets, wants_prompt)
-    end = np.cumsum(rows.count)
-    spans = [
-        (int(end[i] - rows.count[i]), int(end[i]))
-        for i in np.flatnonzero(wants_prompt)
-        if table.sequence[rows.slots[i]].params.prompt_logprobs == -1
-    ]
+    packed = _pack_mixed(rows, table, bucket, buckets)
     head = buckets.head(len(sampling)) if len(sampling) else None
     return rows, StepInputs(
         "mixed", bucket, packed, mode, head, _pack_head(rows, head, buckets.max_num_seqs) if head else None,
-        prompt_targets=targets if wants_prompt.any() else None,
-        prompt_vocab_spans=spans,
+        prompt_asked=_prompt_asked(prompt_spans, table, bucket) if prompt_spans else None,
+        prompt_spans=prompt_spans,
         whole_vocab=mode == "everything" and any(s.params.logprobs == -1 for s in table.sequence[sampling]),
         **writes,
     )  # fmt: skip
@@ -94,11 +88,9 @@ def _pack_decode(rows: Rows, table: SlotTable, bucket: Bucket, buckets: Buckets)
     return packed
 
 
-def _pack_mixed(
-    rows: Rows, table: SlotTable, bucket: Bucket, buckets: Buckets, wants_prompt: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _pack_mixed(rows: Rows, table: SlotTable, bucket: Bucket, buckets: Buckets) -> np.ndarray:
     packed = np.zeros(packed_size("mixed", bucket), np.int32)
-    fields, targets = unpack("mixed", bucket, packed), np.zeros(bucket.tokens, np.int32)
+    fields = unpack("mixed", bucket, packed)
     fields["token_row"][:] = fields["block_row"][:] = -1
     fields["slots"][:] = buckets.max_num_seqs
     count, end = len(rows), np.cumsum(rows.count)
@@ -112,11 +104,8 @@ def _pack_mixed(
     fields["block_row"][: len(row)] = row
     fields["block_start"][: len(row)] = (end - rows.count)[row] + number * buckets.block_q
     fields["logit_index"][: np.count_nonzero(rows.samples)] = end[rows.samples] - 1
-    for i in np.flatnonzero(wants_prompt):
-        following = table.sequence[rows.slots[i]].tokens[rows.start[i] + 1 :][: rows.count[i]]
-        targets[end[i] - rows.count[i] :][: len(following)] = following
     _page_updates(rows, table, fields["page_updates"], buckets.max_num_seqs)
-    return packed, targets
+    return packed
 
 
 def _pack_head(rows: Rows, bucket: Bucket, null_slot: int) -> np.ndarray:
@@ -189,11 +178,29 @@ def banned_tokens(sequence: Sequence, in_flight: int) -> frozenset[int]:
     return frozenset(banned)
 
 
-def _wants_prompt_logprobs(rows: Rows, table: SlotTable) -> np.ndarray:
-    """Which rows compute a hidden state whose successor's log-probability is asked for and still missing?"""
-    wants = table.asks_prompt[rows.slots]
-    for i in wants.nonzero()[0]:
-        sequence, start = table.sequence[rows.slots[i]], rows.start[i]
+def _prompt_spans(rows: Rows, table: SlotTable) -> list[PromptSpan]:
+    """The hidden states of this step whose successors' log-probabilities are asked for and still missing."""
+    spans: list[PromptSpan] = []
+    begin, first = 0, np.cumsum(rows.count) - rows.count
+    for i in table.asks_prompt[rows.slots].nonzero()[0].tolist():
+        slot, start, end = int(rows.slots[i]), int(rows.start[i]), int(rows.start[i] + rows.count[i])
+        sequence: Sequence = table.sequence[slot]
         position = sequence.next_prompt_logprob
-        wants[i] = position is not None and start < sequence.num_prompt - 1 and start + rows.count[i] >= position
-    return wants
+        if position is None or start >= sequence.num_prompt - 1 or end < position:
+            continue
+        state = max(position - 1, start)
+        count = min(end, sequence.num_prompt - 1) - state
+        whole = sequence.params.prompt_logprobs == -1
+        spans.append(PromptSpan(slot, state, int(first[i]) + state - start, begin, count, whole))
+        begin += count
+    return spans
+
+
+def _prompt_asked(spans: Seq[PromptSpan], table: SlotTable, bucket: Bucket) -> np.ndarray:
+    asked = np.zeros((2, bucket.tokens), np.int32)
+    asked[0] = -1
+    for span in spans:
+        columns = slice(span.begin, span.begin + span.count)
+        asked[0, columns] = np.arange(span.token, span.token + span.count)
+        asked[1, columns] = table.tokens[span.slot, span.position + 1 : span.position + 1 + span.count]
+    return asked

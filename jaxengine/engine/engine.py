@@ -17,7 +17,7 @@ from jaxengine.engine.sequence import Request, Sequence
 from jaxengine.engine.slots import Rows
 from jaxengine.engine.updates import PendingUpdate, turn_over
 from jaxengine.errors import EngineError, RequestError, WeightsDeletedError
-from jaxengine.step import StepInputs, StepOutputs
+from jaxengine.step import PromptSpan, StepInputs, StepOutputs
 
 
 class TextSink(Protocol):
@@ -43,7 +43,7 @@ class _Step:
 
     rows: Rows
     flight: Flight
-    vocab_spans: Seq[tuple[int, int]]  # tokens whose successors' whole distributions come back
+    prompt_spans: Seq[PromptSpan]  # what was asked about prompts
 
 
 class _DeviceFailure(Exception):
@@ -155,7 +155,7 @@ class Engine:
             rows, inputs = build_batch(rows, slots, self.buckets, self.vocab_size)
             with self._device(rows):
                 flight = self.runner.submit(inputs)
-            self._steps.append(_Step(rows, flight, inputs.prompt_vocab_spans))
+            self._steps.append(_Step(rows, flight, inputs.prompt_spans))
         self._torn = False
         return len(rows) > 0
 
@@ -185,6 +185,7 @@ class Engine:
             if request.params.logprobs is not None:
                 _keep_logprobs(sequence, outputs, i)
         self._apply_stops(noted, tokens[notable].tolist())
+        noted += self._end_scored(rows)
         for sequence in noted:
             if sequence.finished:
                 self._report(sequence.request)
@@ -212,20 +213,29 @@ class Engine:
             elif sequence.num_output >= sequence.request.max_tokens:
                 self._finish(sequence, "length")
 
+    def _end_scored(self, rows: Rows) -> list[Sequence]:
+        """Ends the sequences that nothing is drawn for and that have their log-probabilities now."""
+        slots, quiet = self.scheduler.slots, rows[~rows.samples]
+        if not len(quiet):  # as in every decode step
+            return []
+        last = quiet.start + quiet.count + 1 == slots.end[quiet.slots]
+        scored = slots.sequence[quiet.slots[last & slots.live[quiet.slots]]].tolist()
+        for sequence in scored:
+            self._finish(sequence, "length")
+        return scored
+
     def _stop_ids(self, request: Request) -> list[int]:
         return [token for token in request.stop_token_ids if token < self.vocab_size]
 
     def _keep_prompt_logprobs(self, step: _Step, outputs: StepOutputs) -> None:
         assert outputs.prompt is not None
-        rows, slots = step.rows, self.scheduler.slots
-        whole = {start: part for (start, _), part in zip(step.vocab_spans, outputs.prompt_vocab, strict=True)}
-        asking = slots.live[rows.slots] & slots.asks_prompt[rows.slots]
-        first = np.cumsum(rows.count) - rows.count
-        columns = (rows.slots, first, rows.start, rows.count)
-        for slot, i, start, count in zip(*(column[asking].tolist() for column in columns), strict=True):
-            sequence = slots.sequence[slot]
-            _keep_prompt_logprobs(sequence, start, count, [part[i:] for part in outputs.prompt], whole.get(i))
-            slots.asks_prompt[slot] = sequence.next_prompt_logprob is not None
+        slots, whole = self.scheduler.slots, iter(outputs.prompt_vocab)
+        for span in step.prompt_spans:
+            rows = next(whole) if span.whole else None
+            if slots.live[span.slot]:
+                sequence = slots.sequence[span.slot]
+                _keep_prompt_logprobs(sequence, span, outputs.prompt, rows)
+                slots.asks_prompt[span.slot] = sequence.next_prompt_logprob is not None
 
     def _finish(self, sequence: Sequence, reason: str, stop: int | str | None = None) -> None:
         if not sequence.finished:
@@ -416,20 +426,19 @@ def _keep_logprobs(sequence: Sequence, outputs: StepOutputs, i: int) -> None:
 
 
 def _keep_prompt_logprobs(
-    sequence: Sequence, start: int, computed: int, prompt: Seq[np.ndarray], whole: np.ndarray | None
+    sequence: Sequence, span: PromptSpan, prompt: Seq[np.ndarray], whole: np.ndarray | None
 ) -> None:
-    """The hidden state at position p, `start` the first of those computed, gives the prompt's token at p + 1."""
+    """The hidden state at position p gives the prompt's token at p + 1."""
     first, wanted = sequence.next_prompt_logprob, sequence.params.prompt_logprobs
-    count = 0 if first is None else min(start + computed + 1, sequence.num_prompt) - first
-    if first is None or count <= 0:
+    if first is None or (count := span.position + span.count + 1 - first) <= 0:
         return
-    offset = first - 1 - start
-    logprob, rank, top_ids, top_logprobs = (part[offset : offset + count] for part in prompt)
+    offset = span.count - count
+    logprob, rank, top_ids, top_logprobs = (part[span.begin + offset : span.begin + span.count] for part in prompt)
     if whole is None:
         best = zip(top_ids[:, :wanted].copy(), top_logprobs[:, :wanted].copy(), strict=True)
     else:
         # From the same program as the rest of the vocabulary: another one may round otherwise.
-        rows = whole[offset : offset + count]
+        rows = whole[offset:]
         best = map(_ranked, rows)  # type: ignore[assignment]
         logprob = rows[np.arange(count), sequence.tokens[first : first + count]]
         rank = 1 + (rows > logprob[:, None]).sum(axis=1)

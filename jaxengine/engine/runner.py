@@ -5,8 +5,8 @@ The runner's only inputs are StepInputs and a few commands. Programs take flat l
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -14,15 +14,13 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.batch import Buckets
-from jaxengine.errors import WeightsDeletedError
+from jaxengine.engine.device_weights import DeviceWeights
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
 from jaxengine.layers.attention import AttentionInputs, Implementation
-from jaxengine.models import build
 from jaxengine.request import MAX_LOGIT_BIAS
 from jaxengine.sampling import (
     SamplingFields,
@@ -103,7 +101,7 @@ class Runner:
         mesh: Mesh,
         borrowed: bool = False,
     ):
-        """`borrowed`: somebody else may delete the parameters; each step looks before it reads them."""
+        """`borrowed`: somebody else may delete `params`; each step looks before it reads them."""
         self.config, self.model, self.mesh, self.buckets = config, model, mesh, buckets
         self.groups, self.num_pages, self.cache_dtype = groups, num_pages, cache_dtype
         self.attention = cast(Implementation, attention)
@@ -112,11 +110,11 @@ class Runner:
         self.layer_group = tuple(
             next(g for g, group in enumerate(groups) if i in group.layers) for i in range(model.num_layers)
         )
-        self._graph, state = nnx.split(build(model, params, max_model_len))
-        leaves, self._tree = jax.tree.flatten(state)
-        self.take_weights(leaves, borrowed)
+        self.weights = DeviceWeights(model, params, max_model_len, borrowed)
         self.vocab_size = model.vocab_size
         self._programs: dict[tuple, Any] = {}
+        self._compiling: dict[tuple, Future] = {}
+        self._compiler = ThreadPoolExecutor(thread_name_prefix="jaxengine-compile")
         self.compilations = CompilationCounter()
         self.reset()
 
@@ -149,48 +147,29 @@ class Runner:
             for array in jax.tree.leaves(vars(self).pop(name, ())):
                 array.delete()
         if level > 1:
-            self.take_weights([], borrowed=False)
+            self.weights.drop()
 
     def close(self) -> None:
         """Frees the device memory that the engine made; parameters are freed when their owner drops them."""
-        self.sleep(1)
-        self.take_weights([], borrowed=False)
-        self._programs = {}
+        self.sleep(2)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._programs, self._compiling = {}, {}
         self.compilations.close()
-
-    # -- weights
-
-    def flatten(self, params: Mapping[str, jax.Array]) -> list[jax.Array]:
-        """The leaves that programs take, of parameters with the shapes, dtypes and shardings that it started with."""
-        leaves, tree = jax.tree.flatten(nnx.state(build(self.model, params, self.max_model_len)))
-        assert tree == self._tree  # type: ignore[operator]
-        return leaves
-
-    def take_weights(self, leaves: list[jax.Array], borrowed: bool) -> None:
-        """Runs on these from now on; compiled programs stay, and the old ones are freed unless somebody holds them."""
-        self._leaves, self._borrowed = leaves, leaves if borrowed else []
-
-    def check_weights(self) -> None:
-        """Raises WeightsDeletedError when parameters that the engine borrowed are gone."""
-        if any(leaf.is_deleted() for leaf in self._borrowed):
-            raise WeightsDeletedError(
-                "parameters that the engine borrowed were deleted, as a step of training does that donates them: call "
-                "update_weights with the new ones after each such step, or make the engine with fuse_weights=True to "
-                "have it keep a copy"
-            )
 
     # -- one step
 
     def submit(self, inputs: StepInputs) -> Flight:
         """Starts a step on the device and returns at once. Raises WeightsDeletedError."""
-        self.check_weights()
+        self.weights.check()
         try:
             return self._submit(inputs)
         except Exception:
-            self.check_weights()  # were they deleted just now?
+            self.weights.check()  # were they deleted just now?
             raise
 
     def _submit(self, inputs: StepInputs) -> Flight:
+        if inputs.kind == "mixed":
+            self._prepare(self._soon(inputs))
         self._write_slots(inputs.slot_writes)
         for write in inputs.logit_writes:
             self._write_rules(write)
@@ -200,36 +179,32 @@ class Runner:
         if inputs.kind == "decode":
             key = (inputs.bucket, inputs.mode)
             self._cache, last, tables, tokens = self._run(
-                "decode", key, self._leaves, self._cache, *self._slots, inputs.packed
+                "decode", key, self.weights.leaves, self._cache, *self._slots, inputs.packed
             )
             self._slots = self._slots._replace(last_token=last, tables=tables)
             return Flight({"tokens": tokens}, ())
         return self._submit_mixed(inputs)
 
     def _submit_mixed(self, inputs: StepInputs) -> Flight:
+        leaves, slots = self.weights.leaves, self._slots
         self._cache, tables, hidden, rows = self._run(
-            "mixed",
-            (inputs.bucket,),
-            self._leaves,
-            self._cache,
-            self._slots.last_token,
-            self._slots.tables,
-            inputs.packed,
+            "mixed", (inputs.bucket,), leaves, self._cache, slots.last_token, slots.tables, inputs.packed
         )
         self._slots = self._slots._replace(tables=tables)
         arrays: dict[str, Any] = {}
         if inputs.head_bucket is not None:
             key = (inputs.head_bucket, inputs.mode, inputs.whole_vocab)
             rules = self._rules if inputs.mode == "everything" else ()
-            last, rules, arrays = self._run("head", key, self._leaves, rows, *self._slots, rules, inputs.head_packed)
+            last, rules, arrays = self._run("head", key, leaves, rows, *self._slots, rules, inputs.head_packed)
             self._slots = self._slots._replace(last_token=last)
             self._rules = rules or self._rules
         spans = []
-        if inputs.prompt_targets is not None:
-            found = self._run("prompt", (inputs.bucket.tokens,), self._leaves, hidden, inputs.prompt_targets)
+        if inputs.prompt_asked is not None:
+            found = self._run("prompt", (inputs.bucket.tokens,), leaves, hidden, inputs.prompt_asked)
             arrays = {**arrays, "prompt": found}
             # The whole vocabulary goes to the host chunk by chunk: on the device it would not fit.
-            spans = [self._vocab_logprobs(hidden, *span) for span in inputs.prompt_vocab_spans]
+            whole = [(span.token, span.token + span.count) for span in inputs.prompt_spans if span.whole]
+            spans = [self._vocab_logprobs(hidden, *span) for span in whole]
         return Flight(arrays, spans)
 
     def _vocab_logprobs(self, hidden: jax.Array, start: int, end: int) -> np.ndarray:
@@ -237,8 +212,8 @@ class Runner:
         parts = []
         for first in range(start, end, chunk):
             first_row = min(first, hidden.shape[0] - chunk)
-            part = np.asarray(self._run("prompt_vocab", (hidden.shape[0],), self._leaves, hidden, np.int32(first_row)))
-            parts.append(part[first - first_row : min(end, first + chunk) - first_row])
+            part = self._run("prompt_vocab", hidden.shape[:1], self.weights.leaves, hidden, np.int32(first_row))
+            parts.append(np.asarray(part)[first - first_row : min(end, first + chunk) - first_row])
         return np.concatenate(parts)
 
     def _write_slots(self, writes: Sequence[SlotWrite]) -> None:
@@ -269,21 +244,26 @@ class Runner:
 
     def _run(self, name: str, key: tuple, *arguments: Any) -> Any:
         """Calls a program, compiled now if it is needed for the first time."""
-        program = self._programs.get((name, *key))
-        if program is None:
-            program = self._lower(name, key, arguments).compile()
-            self._keep(name, key, program)
-        return program(*arguments)
+        return (self._programs.get((name, *key)) or self._program(name, key))(*arguments)
 
-    def _keep(self, name: str, key: tuple, program: Any) -> None:
-        """Notes a compiled program, and says when it needs more memory than was planned for."""
+    def _program(self, name: str, key: tuple) -> Any:
+        """The compiled program; says when it needs more memory than was planned for."""
+        self._prepare([(name, key)])
+        program = self._programs.get((name, *key)) or self._compiling.pop((name, *key)).result()
         self._programs[name, *key] = program
         size = program.memory_analysis()
         if size is not None and size.temp_size_in_bytes > self.temporary_bytes:
             logger.warning("program %s %s needs %d bytes of temporary memory, %d were planned",
                            name, key, size.temp_size_in_bytes, self.temporary_bytes)  # fmt: skip
+        return program
 
-    def _lower(self, name: str, key: tuple, arguments: tuple) -> Any:
+    def _prepare(self, keys: Iterable[tuple[str, tuple]]) -> None:
+        """Starts to compile what is not there yet: lowered one after another, as tracing is Python; then in threads."""
+        for name, key in keys:
+            if (name, *key) not in self._programs and (name, *key) not in self._compiling:
+                self._compiling[name, *key] = self._compiler.submit(self._lower(name, key).compile)
+
+    def _lower(self, name: str, key: tuple) -> Any:
         cache, rest = named_sharding(self.mesh, AXES), named_sharding(self.mesh)
         # Output shardings are pinned: one that drifts would compile the next step again.
         programs: dict[str, tuple[Callable, tuple[int, ...], Any]] = {
@@ -301,10 +281,7 @@ class Runner:
         if name == "decode" and key[0].rows >= CUBLAS_ROWS and self.mesh.devices.flat[0].platform == "gpu":
             options = {"xla_gpu_enable_triton_gemm": False}
         jitted = jax.jit(partial(function, *key), donate_argnums=donated, out_shardings=out, compiler_options=options)
-        return jitted.lower(*arguments)
-
-    def _model(self, leaves: Sequence[jax.Array]) -> Any:
-        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
+        return jitted.lower(*self._arguments(name, key))
 
     def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, packed):
         """One new token for each row, head and sampler included."""
@@ -317,7 +294,7 @@ class Runner:
         page, offset = self._places(row_tables, jnp.where(lengths > 0, jnp.arange(bucket.rows), -1), positions)
         inputs = AttentionInputs(positions, page, offset, row_tables, lengths, None, None, None, None,
                                  self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
-        model = self._model(leaves)
+        model = self.weights.module(leaves)
         x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
         fields = _sampling_fields(ints[slots], floats[slots], lengths)
         drawn = sample(model.head(x), fields, mode, 0, self.logprobs_mode).tokens
@@ -334,7 +311,7 @@ class Runner:
         inputs = AttentionInputs(positions, page, offset, row_tables, step["lengths"], step["q_start"], step["q_len"],
                                  step["block_row"], step["block_start"],
                                  self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
-        model = self._model(leaves)
+        model = self.weights.module(leaves)
         x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
         rows = x[step["logit_index"]]
         return cache, tables, x, jnp.pad(rows, ((0, self.buckets.max_num_seqs - len(rows)), (0, 0)))
@@ -349,7 +326,7 @@ class Runner:
         """Logits and sampling for the first rows of `rows`."""
         step = unpack("head", bucket, packed)
         slots = step["slots"]
-        logits = self._model(leaves).head(rows[: bucket.rows])
+        logits = self.weights.module(leaves).head(rows[: bucket.rows])
         fields = _sampling_fields(ints[slots], floats[slots], step["positions"], slots, rules)
         top = self.config.max_logprobs if mode == "everything" else 0
         drawn = sample(logits, fields, mode, top, self.logprobs_mode, whole_vocab)
@@ -359,71 +336,78 @@ class Runner:
         rules = rules._replace(counts=count_tokens(rules.counts, slots, drawn.tokens))
         return last_token, rules, drawn._asdict()
 
-    def _prompt(self, tokens, leaves, hidden, targets):
-        head = self._model(leaves).head
-        return prompt_logprobs(hidden, head, targets, self.config.max_logprobs, min(PROMPT_CHUNK, tokens))
+    def _prompt(self, tokens, leaves, hidden, asked):
+        head = self.weights.module(leaves).head
+        return prompt_logprobs(hidden, head, asked[0], asked[1], self.config.max_logprobs, min(PROMPT_CHUNK, tokens))
 
     def _prompt_vocab(self, tokens, leaves, hidden, first):
         chunk = jax.lax.dynamic_slice_in_dim(hidden, first, min(PROMPT_CHUNK, tokens))
-        return prompt_vocab_logprobs(chunk, self._model(leaves).head)
+        return prompt_vocab_logprobs(chunk, self.weights.module(leaves).head)
 
     # -- warm-up
 
     def warmup(self, on_program: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compiles every program that a step can need: lowered one after another, compiled in threads.
-
-        `on_program(done, total)` reports progress.
-        """
-        jobs = self._all_programs()
-        lowered = [self._lower(*job) for job in jobs]
-        with ThreadPoolExecutor() as pool:
-            for done, (job, program) in enumerate(zip(jobs, pool.map(lambda low: low.compile(), lowered)), 1):
-                self._keep(job[0], job[1], program)
-                on_program(done, len(jobs))
+        """Compiles every program that a step can need. `on_program(done, total)` reports progress."""
+        keys = self._all_keys()
+        self._prepare(keys)
+        for done, (name, key) in enumerate(keys, 1):
+            self._program(name, key)
+            on_program(done, len(keys))
         self.compilations.mark_warm()
 
-    def _all_programs(self) -> list[tuple[str, tuple, tuple]]:
-        """(name, static key, arguments) of every program; arguments are the live arrays or NumPy stand-ins."""
-        rows_max, hidden = self.buckets.max_num_seqs, self.model.hidden_size
-        replicated, dtype = named_sharding(self.mesh), self._leaves[0].dtype
+    def _soon(self, inputs: StepInputs) -> list[tuple[str, tuple]]:
+        """What a mixed step runs, and the decode step that likely follows: their first times come together."""
+        programs: list[tuple[str, tuple]] = [("write_slots", ()), ("mixed", (inputs.bucket,))]
+        if inputs.head_bucket is not None:
+            programs.append(("head", (inputs.head_bucket, inputs.mode, inputs.whole_vocab)))
+            if inputs.mode != "everything":
+                programs.append(("decode", (self.buckets.decode(inputs.head_bucket.rows), inputs.mode)))
+        return programs
 
-        def device(shape):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
-
-        slots, rules, leaves = self._slots, self._rules, self._leaves
-        columns, words = slots.tables.shape[2], rules.mask.shape[1]
-        jobs: list[tuple[str, tuple, tuple]] = []
+    def _all_keys(self) -> list[tuple[str, tuple]]:
+        """(name, static key) of every program."""
+        keys: list[tuple[str, tuple]] = []
         for rows in self.buckets.rows:
-            bucket = self.buckets.decode(rows)
-            packed = np.zeros(packed_size("decode", bucket), np.int32)
-            jobs += [("decode", (bucket, mode), (leaves, self._cache, *slots, packed)) for mode in MODES[:2]]
-            bucket = self.buckets.head(rows)
-            packed = np.zeros(packed_size("head", bucket), np.int32)
-            for mode, whole in (*((mode, False) for mode in MODES), ("everything", True)):
-                arguments = (leaves, device((rows_max, hidden)), *slots, rules if mode == "everything" else (), packed)
-                jobs.append(("head", (bucket, mode, whole), arguments))
+            keys += [("decode", (self.buckets.decode(rows), mode)) for mode in MODES[:2]]
+            modes = (*((mode, False) for mode in MODES), ("everything", True))
+            keys += [("head", (self.buckets.head(rows), *mode)) for mode in modes]
         for tokens in self.buckets.tokens:
-            bucket = self.buckets.mixed(tokens)
-            packed = np.zeros(packed_size("mixed", bucket), np.int32)
-            jobs.append(("mixed", (bucket,), (leaves, self._cache, slots.last_token, slots.tables, packed)))
-            jobs.append(("prompt", (tokens,), (leaves, device((tokens, hidden)), np.zeros(tokens, np.int32))))
-            jobs.append(("prompt_vocab", (tokens,), (leaves, device((tokens, hidden)), np.int32(0))))
-        batch = (
-            np.zeros(SLOT_BATCH, np.int32),
-            np.zeros((len(self.groups), SLOT_BATCH, columns), np.int32),
-            np.zeros((SLOT_BATCH, len(SLOT_INTS)), np.int32),
-            np.zeros((SLOT_BATCH, len(SLOT_FLOATS)), np.float32),
-        )
-        jobs.append(("write_slots", (), (*slots[1:], *batch)))
-        mask, ids, values = (
-            np.zeros(words, np.uint32),
-            np.zeros(MAX_LOGIT_BIAS, np.int32),
-            np.zeros(MAX_LOGIT_BIAS, np.float32),
-        )
-        history = np.zeros(self.max_model_len, np.int32)
-        jobs.append(("write_rules", (), (rules, np.zeros(3, np.int32), history, mask, ids, values)))
-        jobs.append(("write_mask", (), (rules.mask, np.int32(0), mask)))
-        return jobs
+            keys += [("mixed", (self.buckets.mixed(tokens),)), ("prompt", (tokens,)), ("prompt_vocab", (tokens,))]
+        return [*keys, ("write_slots", ()), ("write_rules", ()), ("write_mask", ())]
+
+    def _arguments(self, name: str, key: tuple) -> tuple:
+        """What the program is lowered for: the live arrays, and stand-ins for what comes with a step."""
+        slots, rules, leaves = self._slots, self._rules, self.weights.leaves
+
+        def hidden(rows: int) -> jax.ShapeDtypeStruct:
+            shape = (rows, self.model.hidden_size)
+            return jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=named_sharding(self.mesh))
+
+        def packed() -> np.ndarray:
+            return np.zeros(packed_size(name, key[0]), np.int32)
+
+        mask = np.zeros(rules.mask.shape[1], np.uint32)
+        match name:
+            case "decode":
+                return leaves, self._cache, *slots, packed()
+            case "head":
+                rows = hidden(self.buckets.max_num_seqs)
+                return leaves, rows, *slots, rules if key[1] == "everything" else (), packed()
+            case "mixed":
+                return leaves, self._cache, slots.last_token, slots.tables, packed()
+            case "prompt":
+                return leaves, hidden(key[0]), np.zeros((2, key[0]), np.int32)
+            case "prompt_vocab":
+                return leaves, hidden(key[0]), np.int32(0)
+            case "write_slots":
+                tables = np.zeros((len(self.groups), SLOT_BATCH, slots.tables.shape[2]), np.int32)
+                ints, floats = np.zeros((SLOT_BATCH, len(SLOT_INTS)), np.int32), (SLOT_BATCH, len(SLOT_FLOATS))
+                return *slots[1:], np.zeros(SLOT_BATCH, np.int32), tables, ints, np.zeros(floats, np.float32)
+            case "write_rules":
+                ids, values = np.zeros(MAX_LOGIT_BIAS, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
+                return rules, np.zeros(3, np.int32), np.zeros(self.max_model_len, np.int32), mask, ids, values
+            case _:
+                return rules.mask, np.int32(0), mask
 
 
 class CompilationCounter:

@@ -171,9 +171,10 @@ class Scheduler:
         table = self.slots
         start, drawn = table.num_computed[slots], table.num_drawn[slots]
         end = start + count
-        samples = end == drawn
+        complete = end == drawn
+        samples = complete & (drawn >= table.num_tokens[slots])  # else the next token is known
         table.num_computed[slots] = end
-        table.num_drawn[slots] = drawn + samples
+        table.num_drawn[slots] = drawn + complete
         table.flights[slots] += 1
         return Rows(slots, start, count, samples)
 
@@ -263,7 +264,7 @@ class Scheduler:
         for pool, pages in zip(self.pools, shared, strict=True):
             pool.share(pages)
         num_cached = hit * self.page_size
-        count = min(sequence.num_tokens - num_cached, budget)
+        count = min(sequence.num_needed - num_cached, budget)
         columns = -(-(num_cached + count) // self.page_size)
         if columns - hit + len(self.running) > self._num_free:  # room for a page each: less preemption
             for pool, pages in zip(self.pools, shared, strict=True):

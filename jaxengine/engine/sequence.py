@@ -49,7 +49,7 @@ class Sequence:
         """Runs in this slot from now on; its pages hold `num_computed` tokens already."""
         request, count = self.request, len(self._tokens)
         table.tokens[slot, :count] = self._tokens
-        table.num_tokens[slot] = table.num_drawn[slot] = count
+        table.num_tokens[slot], table.num_drawn[slot] = count, self.num_needed
         table.num_computed[slot] = num_computed
         table.end[slot] = self.num_prompt + request.max_tokens
         for counts in (table.flights, table.uploaded, table.last_token_time):
@@ -94,6 +94,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self._tokens) if self._table is None else int(self._table.num_tokens[self.slot])
+
+    @property
+    def num_needed(self) -> int:
+        """Tokens to compute before the next one: all, but for the last one when nothing is to follow it."""
+        return self.num_tokens - (self.request.max_tokens == 0)
 
     @property
     def num_output(self) -> int:

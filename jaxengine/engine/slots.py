@@ -28,6 +28,8 @@ class SlotTable:
     drawn      ------------------------------------------>|  those that the host has not seen yet included
     computed   -------------------------------------->|      in the pages once every flight has landed
 
+    Where nothing is to be drawn, the prompt's last token counts as the next one, which is known: it is not computed.
+
     Pages of all cache groups have the same columns; page 0 lies behind a window, given back.
     """
 
@@ -65,7 +67,7 @@ class SlotTable:
 
     def in_flight(self, slot: int) -> int:
         """Tokens that were drawn, or will be by a step on its way, and that the host has not seen."""
-        return int(self.num_drawn[slot] - self.num_tokens[slot])
+        return max(0, int(self.num_drawn[slot] - self.num_tokens[slot]))
 
     def known(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The tokens at these positions; -1: still on the device, the slot's last token."""

@@ -19,8 +19,8 @@ from jaxengine.weights.hub import TOKENIZER_FILES, locate
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 HEAD, EMBEDDING = "lm_head.kernel", "embed_tokens.embedding"
+FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 ORBAX = "params"  # folder of the canonical parameters, beside config.json
 # generation_config.json -> SamplingParams; `do_sample` comes last, since it overrules the temperature.
 SAMPLING = {
@@ -47,8 +47,8 @@ class Checkpoint:
     tokenizer_source: Any  # what Tokenizer.load takes; None: there is no tokenizer
     hf_config: Mapping[str, Any] = field(repr=False, default_factory=dict)  # config.json, overrides included
     generation_config: Mapping[str, Any] = field(repr=False, default_factory=dict)
-    # names() and read(name) of its tensors; None for orbax and dummy; in memory, Leaf by canonical path.
-    reader: Any = field(repr=False, default=None)
+    reader: Any = field(repr=False, default=None)  # names() and read(name) of its tensors; None for the others
+    arrays: Mapping[str, Any] = field(repr=False, default_factory=dict)  # in memory: in_memory.Leaf by canonical name
 
 
 def open_checkpoint(
@@ -104,26 +104,27 @@ def _open(path: Path, load_format: str, overrides: Mapping[str, Any], use_genera
     elif kind == "safetensors":
         reader = SafetensorsCheckpoint(path)
         reader.names()  # a file that is missing or corrupt shows here
-    hf_config = {**hf_config, **plain(overrides)}
-    ends: tuple[int, ...] = ()
+    hf_config = {**hf_config, **_plain(overrides)}
+    more_ends: tuple[int, ...] = ()
     defaults: dict[str, Any] = {}
     if use_generation_config:
-        ends = token_ids("eos_token_id", generation.get("eos_token_id"))
-        defaults = _sampling_defaults(generation)
-    config = parse_config(hf_config, _usual_dtype(reader), ends)
-    log.info("%s: sampling defaults %s; ends with any of %s", path, defaults or "are ours", config.eos_token_ids)
+        more_ends, defaults = token_ids("eos_token_id", generation.get("eos_token_id")), _sampling_defaults(generation)
+    config = read_config(hf_config, _usual_dtype(reader), more_ends)
+    if use_generation_config:
+        log.info("%s: its generation config gives %s; it ends with any of %s",
+                 path, defaults or "no defaults", config.eos_token_ids)  # fmt: skip
     return Checkpoint(path, kind, config, defaults, tokenizer, hf_config, generation, reader)
 
 
-def parse_config(hf_config: Mapping[str, Any], dtype: str, ends: tuple[int, ...] = ()) -> ModelConfig:
-    """`dtype` is for a config that names none, `ends` are further end-of-sequence ids. Raises ConversionError."""
+def read_config(hf_config: Mapping[str, Any], dtype: str, more_ends: tuple[int, ...]) -> ModelConfig:
+    """What config.json says; `dtype` where it names none."""
     arguments = model_config(hf_config)
     arguments.setdefault("dtype", dtype)
     if arguments.get("rope"):
         arguments["rope"] = RopeConfig(**arguments["rope"])
     # transformers' default ids may lie beyond a small vocabulary: such a token is never drawn.
-    found = dict.fromkeys((*arguments["eos_token_ids"], *ends))
-    arguments["eos_token_ids"] = tuple(i for i in found if i < arguments["vocab_size"])
+    ends = dict.fromkeys((*arguments["eos_token_ids"], *more_ends))
+    arguments["eos_token_ids"] = tuple(i for i in ends if i < arguments["vocab_size"])
     return ModelConfig(**arguments)
 
 
@@ -149,7 +150,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     return content
 
 
-def plain(overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """As they would be in config.json: lists for tuples."""
     try:
         return json.loads(json.dumps(dict(overrides)))

@@ -14,7 +14,7 @@ from jaxengine.config import ModelConfig
 from jaxengine.errors import CheckpointError
 from jaxengine.models import param_specs
 from jaxengine.sharding import ParamSpec, named_sharding
-from jaxengine.weights import parameters
+from jaxengine.weights import in_memory
 from jaxengine.weights.checkpoint import EMBEDDING, HEAD, Checkpoint, raise_faults
 
 # Threads that load, and so tensors that the host holds at a time. On a CPU they only got in each other's way.
@@ -34,17 +34,17 @@ def load_params(
     """Every canonical parameter in `dtype`, committed to its sharding on `mesh`.
 
     `seed` is for random weights. `borrow`: parameters in memory that are as they should be are not copied.
-    `on_tensor(done, total)` is called as tensors arrive. Raises CheckpointError naming
-    all tensors that are missing, unexpected, of the wrong shape or of a dtype that is not served, before any is read.
+    `on_tensor(done, total)` is called as tensors arrive. Raises CheckpointError naming all tensors that are missing,
+    unexpected, of the wrong shape or of a dtype that is not served, before any is read.
     """
     specs = param_specs(checkpoint.config)
     report = on_tensor or (lambda done, total: None)
-    if checkpoint.format == "dummy":
+    if checkpoint.format == "memory":
+        return in_memory.place(checkpoint.arrays, specs, dtype, mesh, borrow, report)
+    elif checkpoint.format == "dummy":
         from jaxengine.weights.dummy import random_params
 
         params = random_params(specs, dtype, mesh, seed)
-    elif checkpoint.format == "memory":
-        return parameters.place(checkpoint.reader, specs, dtype, mesh, borrow, report)
     elif checkpoint.format == "orbax":
         from jaxengine.weights.orbax_format import restore
 

@@ -1,14 +1,17 @@
-"""A checkpoint out: canonical parameters as Orbax, with configs and tokenizer beside them, for LLM to load."""
+"""A checkpoint out: parameters as Orbax or as safetensors, with configs and tokenizer beside them."""
 
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import numpy as np
 
-from converters import ConversionError
+from converters import ConversionError, families, safetensors_writer
+from converters.safetensors_writer import SHARD_BYTES
+from converters.tensors import Target
 from jaxengine.errors import CheckpointError
 from jaxengine.models import param_specs
 from jaxengine.weights.checkpoint import Checkpoint
@@ -21,8 +24,18 @@ def check_destination(destination: Path) -> None:
         raise CheckpointError(f"{destination} is there already: give a folder that is not")
 
 
-def save_checkpoint(checkpoint: Checkpoint, params: Mapping[str, jax.Array], destination: Path) -> None:
-    """Writes a folder that `open_checkpoint` takes. It appears when it is complete; CheckpointError if it is there."""
+def save_checkpoint(
+    checkpoint: Checkpoint,
+    params: Mapping[str, jax.Array],
+    destination: Path,
+    file_format: Literal["orbax", "safetensors"] = "orbax",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder that `open_checkpoint` takes, and transformers too if it is of safetensors.
+
+    `params` are canonical, all of one dtype. `shard_bytes`: the most that a safetensors file holds. The folder appears
+    when it is complete; CheckpointError if it is there, or if the parameters are not those of the checkpoint's config.
+    """
     check_destination(destination)
     shapes = {path: array.shape for path, array in params.items()}
     raise_unlike(destination, shapes, param_specs(checkpoint.config))
@@ -36,10 +49,30 @@ def save_checkpoint(checkpoint: Checkpoint, params: Mapping[str, jax.Array], des
         if checkpoint.generation_config:
             _write_json(partial / "generation_config.json", checkpoint.generation_config)
         _save_tokenizer(checkpoint.tokenizer_source, partial)
-        save(partial, params)
+        if file_format == "orbax":
+            save(partial, params)
+        else:
+            _save_safetensors(partial, checkpoint.config.model_type, params, shard_bytes)
         partial.rename(destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_safetensors(folder: Path, model_type: str, params: Mapping[str, jax.Array], shard_bytes: int) -> None:
+    targets = families.tensors(model_type, params)
+
+    def shape(target: Target) -> tuple[int, ...]:
+        parts = [params[path] for path in target.paths]
+        whole = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+        return whole[::-1] if target.transposed else whole
+
+    def read(name: str) -> np.ndarray:
+        whole = np.concatenate([np.asarray(params[path]) for path in targets[name].paths], axis=-1)
+        return whole.T if targets[name].transposed else whole
+
+    dtype = np.dtype(next(iter(params.values())).dtype)
+    shapes = {name: shape(target) for name, target in targets.items()}
+    safetensors_writer.write(folder, shapes, dtype, read, shard_bytes)
 
 
 def _save_tokenizer(source: Any, folder: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxengine.engine.batch import Buckets, banned_tokens, bucket_sizes, build_batch
 from jaxengine.engine.sequence import Sequence, allowed_mask
 from jaxengine.engine.slots import Rows, SlotTable
-from jaxengine.step import unpack
+from jaxengine.step import PromptSpan, unpack
 from tests.fakes import make_request
 
 
@@ -101,9 +101,10 @@ def test_prompt_logprobs_are_computed_from_their_start_only():
     sequence = Sequence(make_request(0, [5, 6, 7, 8, 9], prompt_logprobs=-1, prompt_logprobs_start=4), 0)
     table = placed(sequence, 0, [1, 2])
     _, inputs = build_batch(rows_of((0, 0, 3, False)), table, buckets, 16)
-    assert inputs.prompt_targets is None and list(inputs.prompt_vocab_spans) == []
+    assert inputs.prompt_asked is None and list(inputs.prompt_spans) == []
     _, inputs = build_batch(rows_of((0, 3, 2, True)), table, buckets, 16)
-    assert inputs.prompt_targets[:2].tolist() == [9, 0] and list(inputs.prompt_vocab_spans) == [(0, 2)]
+    assert inputs.prompt_asked.tolist() == [[0, -1, -1, -1], [9, 0, 0, 0]]
+    assert inputs.prompt_spans == [PromptSpan(slot=0, position=3, token=0, begin=0, count=1, whole=True)]
 
 
 def test_masks_hold_a_bit_for_each_token_that_may_be_drawn():

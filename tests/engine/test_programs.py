@@ -1,8 +1,10 @@
 """The runner's compiled programs on tiny models: their memory, no copies of the cache, a second start."""
 
+from dataclasses import replace
+
 import pytest
 
-from jaxengine import LLM
+from jaxengine import LLM, SamplingParams
 from tests.compilation_cache import check_second_process_compiles_nothing
 from tests.programs import check_memory, check_no_pool_copies, compile_undonated, pool_copies
 from tests.tiny_llm import OPTIONS, model_folder
@@ -20,9 +22,10 @@ def test_each_program_stays_within_the_planned_memory(runner):
 
 def test_a_program_that_needs_more_is_an_error_in_tests(runner, monkeypatch):
     monkeypatch.setattr(runner, "temporary_bytes", 0)
-    key, program = next(item for item in runner._programs.items() if item[0][0] == "mixed")
+    name, *key = next(key for key in runner._programs if key[0] == "mixed")
+    monkeypatch.delitem(runner._programs, (name, *key))
     with pytest.raises(AssertionError, match=r"program mixed .* needs \d+ bytes of temporary memory, 0 were planned"):
-        runner._keep(key[0], key[1:], program)
+        runner._program(name, tuple(key))
 
 
 def test_a_step_copies_no_pool(runner):
@@ -36,3 +39,14 @@ def test_a_copied_pool_is_found(runner):
 
 def test_a_second_process_compiles_nothing(tmp_path):
     check_second_process_compiles_nothing(model_folder(), tmp_path, "xla", **OPTIONS)
+
+
+def test_the_decode_step_is_compiled_beside_the_first_prompts():
+    params = SamplingParams(temperature=0, max_tokens=1)
+    with LLM(model_folder(), **OPTIONS) as llm:
+        llm.generate([[5, 6, 7]], params, use_tqdm=False)
+        assert [key[0] for key in llm._runner._compiling] == ["decode"]
+        assert not any(key[0] == "decode" for key in llm._runner._programs)
+        llm.generate([[5, 6, 7]], replace(params, max_tokens=3), use_tqdm=False)
+        assert not llm._runner._compiling
+        assert sorted(key[0] for key in llm._runner._programs) == ["decode", "head", "mixed", "write_slots"]

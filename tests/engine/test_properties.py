@@ -41,6 +41,8 @@ def workloads(draw, faults=False):
             asked.update(
                 prompt_logprobs=draw(st.sampled_from([0, 2, -1])), prompt_logprobs_start=draw(st.integers(0, 20))
             )
+            if len(prompt) > 1 and draw(st.booleans()):
+                asked.update(max_tokens=0, n=1, prompt_logprobs_start=asked["prompt_logprobs_start"] % len(prompt))
         elif extra == "edits":
             asked.update(min_tokens=draw(st.integers(0, asked["max_tokens"])), repetition_penalty=1.5,
                          allowed_token_ids=[1, 3, 5, 9, 11])  # fmt: skip
@@ -122,7 +124,8 @@ def check_alone(workload):
     news = run(engine, arrivals)
     for _, request in arrivals:
         assert_as_alone(engine, request)
-        assert request in news and request.queued_time <= request.scheduled_time <= request.first_token_time
+        assert request in news and request.queued_time <= request.scheduled_time
+        assert not request.max_tokens or request.scheduled_time <= request.first_token_time
     assert_nothing_is_held(engine)
     assert engine.runner.max_flying <= engine.steps_in_flight + 1
 

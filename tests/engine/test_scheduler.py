@@ -9,14 +9,14 @@ from jaxengine.errors import ConfigError, RequestError
 from tests.fakes import make_engine, make_request
 
 
-def first_steps(engine, requests):
-    """The step in which each request was first scheduled."""
-    seen, original, step = {}, engine.scheduler.schedule, 0
+def run_steps(engine, requests):
+    """Runs them all; of each step the tokens that it computes, by request."""
+    steps, original = [], engine.scheduler.schedule
 
     def schedule():
         rows = original()
-        for sequence in engine.scheduler.slots.sequence[rows.slots]:
-            seen.setdefault(sequence.request.request_id, step)
+        names = [sequence.request.request_id for sequence in engine.scheduler.slots.sequence[rows.slots]]
+        steps.append(dict(zip(names, rows.count.tolist())))
         return rows
 
     engine.scheduler.schedule = schedule
@@ -25,8 +25,13 @@ def first_steps(engine, requests):
     while engine.has_work:
         engine.step()
         engine.check_integrity()
-        step += 1
-    return [seen[request.request_id] for request in requests]
+    return steps
+
+
+def first_steps(engine, requests):
+    """The step in which each request was first scheduled."""
+    steps = run_steps(engine, requests)
+    return [next(i for i, step in enumerate(steps) if request.request_id in step) for request in requests]
 
 
 def test_first_come_first_served():
@@ -107,13 +112,14 @@ def test_scores_wait_for_their_context_too():
     context = [i % 16 for i in range(40)]
     engine = make_engine(pages=100, max_num_batched_tokens=16)
     requests = [
-        make_request(i, [*context, i, 1], max_tokens=1, prompt_logprobs=0, prompt_logprobs_start=41) for i in range(4)
+        make_request(i, [*context, i, 1], max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=41) for i in range(4)
     ]
     for request in requests:
         engine.add(request)
     while engine.has_work:
         engine.step()
-    assert engine.runner.computed == 40 + 4 * 2
+    assert engine.runner.computed == 40 + 4  # the last token is never computed, and nothing is drawn
+    assert not any(request.sequences[0].num_output for request in requests)
     assert all(len(request.sequences[0].prompt_logprobs) == 1 for request in requests)
 
 
@@ -209,3 +215,17 @@ def test_new_weights_share_no_old_pages():
     while engine.has_work:
         engine.step()
     assert engine.scheduler.prefix_hits == hits == 12
+
+
+def test_who_waits_for_pages_is_not_overtaken_by_a_newcomer():
+    """The second request's last chunk needs a page more than there are; the third would fit into what is left."""
+    engine = make_engine(pages=12, flights=0, enable_prefix_caching=False)
+    requests = [
+        make_request("old", [1, 2, 3, 4], max_tokens=8),
+        make_request("long", [i % 16 for i in range(48)], max_tokens=1),
+        make_request("new", [5], max_tokens=1),
+    ]
+    rows = run_steps(engine, requests)
+    assert {"old": 1} in rows, "the long request had to wait"
+    new = next(i for i, row in enumerate(rows) if "new" in row)
+    assert sum(row.get("long", 0) for row in rows[:new]) == 48

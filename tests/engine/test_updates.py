@@ -24,7 +24,7 @@ def check_updates(workload, seen):
 
     def on_step(step):
         if engine._update is None and engine.has_work and len(updates) < 6 and chance.random() < 0.3:
-            mode, fails = chance.choice(["wait", "restart", "continue"]), chance.random() < 0.1
+            mode, fails = chance.choice(["wait", "restart", "continue"]), chance.random() < 0.2
             install = fail if fails else (lambda: installed.append(len(engine._steps)))
             updates.append(PendingUpdate(None, mode, install, destructive=False))
             engine.update_weights(updates[-1])

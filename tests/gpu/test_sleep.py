@@ -23,7 +23,7 @@ def test_sleep_gives_memory_back_and_wakes_without_compiling():
         prompt = list(range(40, 60))
         [before] = llm.generate([prompt], PARAMS, use_tqdm=False)
         cache = sum(array.nbytes for array in jax.tree.leaves(llm._runner._cache))
-        weights = sum(array.nbytes for array in llm._runner._leaves)
+        weights = sum(array.nbytes for array in llm._runner.weights.leaves)
         assert cache <= CACHE_BYTES
         awake = in_use()
         llm._runner.compilations.mark_warm()

@@ -1,0 +1,53 @@
+"""How long the device had nothing to do during a run: what its steps take when they are queued, against the wall."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from jaxengine.step import StepInputs
+
+
+@contextmanager
+def recorded(runner: Any) -> Iterator[list[StepInputs]]:
+    """The inputs of all steps that are submitted meanwhile."""
+    steps: list[StepInputs] = []
+
+    def submit(inputs: StepInputs) -> Any:
+        steps.append(inputs)
+        return type(runner).submit(runner, inputs)
+
+    runner.submit = submit
+    try:
+        yield steps
+    finally:
+        del runner.submit
+
+
+def queued_seconds(runner: Any, steps: list[StepInputs], samples: int = 6, repeats: int = 100) -> float:
+    """What these steps take together when the host is far ahead.
+
+    Of each program some steps, evenly spaced, are timed by queueing the same inputs `repeats` times; those between are
+    interpolated, as their contexts lie between. Overwrites the cache's content: nobody may wait for tokens.
+    """
+    of_program: dict[tuple, list[int]] = defaultdict(list)
+    for i, inputs in enumerate(steps):
+        of_program[inputs.kind, inputs.bucket, inputs.head_bucket, inputs.mode].append(i)
+    total = 0.0
+    for places in of_program.values():
+        sampled = [places[round(at)] for at in np.linspace(0, len(places) - 1, min(samples, len(places)))]
+        seconds = [_queued(runner, steps[i], repeats) for i in sampled]
+        total += float(np.interp(places, sampled, seconds).sum())
+    return total
+
+
+def _queued(runner: Any, inputs: StepInputs, repeats: int) -> float:
+    inputs = replace(inputs, slot_writes=(), logit_writes=(), mask_writes=())
+    runner.submit(inputs).result()
+    begin = perf_counter()
+    [runner.submit(inputs) for _ in range(repeats)][-1].result()
+    return (perf_counter() - begin) / repeats
