@@ -1,7 +1,6 @@
 """sleep and wake_up: what is given back, that it comes back without a compilation, and what becomes of requests."""
 
 import asyncio
-import gc
 import threading
 import time
 
@@ -20,13 +19,8 @@ from jaxengine import (
     SamplingParams,
 )
 from jaxengine.engine import runner
-from tests.test_update_weights import CONFIGS, PROMPT, SMALL, check_spans, engine, sampling, slowed, weights
+from tests.test_update_weights import CONFIGS, PROMPT, SMALL, check_spans, engine, live_bytes, sampling, slowed, weights
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, shared_llm
-
-
-def live_bytes():
-    gc.collect()
-    return sum(array.nbytes for array in jax.live_arrays())
 
 
 def bytes_of(*trees):

@@ -1,6 +1,7 @@
 """update_weights on a live engine: what becomes of requests in flight, of the prefix cache, and of a failure."""
 
 import asyncio
+import gc
 import itertools
 import threading
 import time
@@ -144,12 +145,18 @@ class Traffic:
             thread.join()
 
 
+def live_bytes():
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
 @pytest.mark.parametrize("updates", [6, pytest.param(100, marks=pytest.mark.full)])
 def test_updates_during_traffic(updates):
+    """Of an engine that owns its weights: each update makes copies, and frees those before."""
     sets = {which: weights(which) for which in "ab"}  # made, and their programs compiled, before the count begins
-    with engine(warmup=True) as llm:
+    with engine(warmup=True, fuse_weights=True) as llm:
         names = {0: "a"}
-        compiled = len(llm._runner._programs)
+        compiled, held = len(llm._runner._programs), live_bytes()
         with slowed(llm, 0.001), Traffic(llm) as traffic:
             for i, mode in zip(range(1, updates + 1), itertools.cycle(("continue", "restart", "wait"))):
                 seen = len(traffic.outputs)
@@ -163,6 +170,7 @@ def test_updates_during_traffic(updates):
         assert metrics["compilations_after_warmup"] == 0 and len(llm._runner._programs) == compiled
         assert metrics["prefix_cache_hits"] > 0
         check_integrity(llm)
+        assert live_bytes() == held
     assert all(o.outputs[0].finish_reason == "length" for o in traffic.outputs)
     assert len(traffic.outputs) % 3 == 0 and len({o.request_id for o in traffic.outputs}) == len(traffic.outputs)
     spans = [check_spans(output, names) for output in traffic.outputs]
@@ -182,7 +190,7 @@ def in_flight(llm, mode, stream=False, **fields):
             outputs.extend(llm.generate([PROMPT], sampling(60, **fields), use_tqdm=False))
 
     with slowed(llm):
-        thread = threading.Thread(target=run)
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         if stream:
             started.wait()
@@ -192,7 +200,8 @@ def in_flight(llm, mode, stream=False, **fields):
                 time.sleep(0.001)
         result = llm.update_weights(weights("b"), version + 5, mode=mode)
     [after] = llm.generate([PROMPT], sampling(4), use_tqdm=False)
-    thread.join()
+    thread.join(60)
+    assert outputs, "the request was never answered"
     names = {version: "a", version + 5: "b"}
     assert result.version == version + 5 and check_spans(after, names) == 1
     assert after.outputs[0].weight_version == version + 5
