@@ -3,7 +3,8 @@
 The fake runner keeps in its pages what a model's cache amounts to: for each token its id, its position, and a state
 that depends on every token before it. The next token is a hash of all that it reads back through the page table within
 each group's window, so that a wrong page, a wrong position, a stale entry or a page that was reused too early cannot
-pass. `expected` computes the same from the token ids alone.
+pass. `expected` computes the same from the token ids alone. States depend on the weights, a number here, so that what
+another version wrote cannot pass either.
 """
 
 from collections.abc import Sequence
@@ -36,10 +37,10 @@ def mix(*values: int) -> int:
     return result & BITS
 
 
-def next_states(before: int, tokens: Sequence[int], start: int) -> list[int]:
+def next_states(before: int, tokens: Sequence[int], start: int, weights: int) -> list[int]:
     """The states of tokens from position `start` on, behind a token with state `before` (0: none is visible)."""
     numbered = enumerate(tokens, start)
-    return list(accumulate(numbered, lambda state, item: mix(state, *item), initial=before))[1:]
+    return list(accumulate(numbered, lambda state, item: mix(state, *item, weights), initial=before))[1:]
 
 
 def hidden(visible: Sequence[int]) -> int:
@@ -71,30 +72,42 @@ def mode_params(params: SamplingParams, seed: int, index: int) -> SimpleNamespac
     )
 
 
-def expected(request: Request, windows: Sequence[int | None], vocab: int, index: int = 0) -> SimpleNamespace:
-    """Tokens, log-probabilities and reason of the end that the request gets on a fake device of its own."""
+def expected(
+    request: Request,
+    windows: Sequence[int | None],
+    vocab: int,
+    index: int = 0,
+    spans: Sequence[tuple[int, int]] = ((0, 0),),
+) -> SimpleNamespace:
+    """Tokens, log-probabilities and reason of the end that the request gets on a fake device of its own.
+
+    spans: (output token, weights) for each change of the weights; the prompt belongs to the first.
+    """
     params, tokens = request.params, list(request.prompt_token_ids)
     prompt = len(tokens)
     logprobs, hiddens, reason = [], [], None
     states: list[list[int]] = [[] for _ in windows]
+    changes, weights = dict(spans), spans[0][1]
 
     def compute(until: int) -> None:
         for position in range(len(hiddens), until):
             for window, own in zip(windows, states, strict=True):
                 before = own[-1] if own and (window is None or window > 1) else 0
-                own += next_states(before, [tokens[position]], position)
+                own += next_states(before, [tokens[position]], position, weights)
             seen = [
                 hidden(own[0 if w is None else max(0, position + 1 - w) :])
                 for own, w in zip(states, windows, strict=True)
             ]
             hiddens.append(mix(*seen))
 
-    if request.max_tokens == 0:
-        compute(prompt - 1)
-        reason = "length"
+    compute(prompt - 1)
+    of_prompt = [logprob_of(x, tokens[p]) for p, x in enumerate(hiddens, 1)]
+    reason = "length" if request.max_tokens == 0 else None
     while reason is None:
-        compute(len(tokens))
         output = len(tokens) - prompt
+        if changes.get(output, weights) != weights:
+            weights, hiddens, states = changes[output], [], [[] for _ in windows]
+        compute(len(tokens))
         banned = set(request.stop_token_ids) if output < params.min_tokens else set()
         for word in request.bad_word_ids:
             if len(word) == 1 or tokens[1 - len(word) :] == word[:-1]:
@@ -107,8 +120,7 @@ def expected(request: Request, windows: Sequence[int | None], vocab: int, index:
             reason = "stop"
         elif output + 1 == request.max_tokens:
             reason = "length"
-    first = max(1, params.prompt_logprobs_start)
-    prompt_logprobs = [logprob_of(hiddens[p - 1], tokens[p]) for p in range(first, prompt)]
+    prompt_logprobs = of_prompt[max(1, params.prompt_logprobs_start) - 1 :]
     return SimpleNamespace(
         tokens=tokens[prompt:], reason=reason, logprobs=logprobs, prompt_logprobs=prompt_logprobs, hiddens=hiddens
     )
@@ -144,6 +156,7 @@ class FakeRunner:
         self.fail_resets = 0
         self.steps = self.resets = self.max_flying = self.computed = self.chunks = self.failures = self.most_steps = 0
         self.kinds: set[tuple] = set()
+        self.weights = 0
         self.reset()
 
     def reset(self) -> None:
@@ -294,9 +307,9 @@ class FakeRunner:
                 own = tokens[first : first + n]
                 before = int(earlier[-1, 2]) if len(earlier) else 0
                 if group.window == 1:
-                    states = [next_states(0, [token], start + i)[0] for i, token in enumerate(own)]
+                    states = [next_states(0, [token], start + i, self.weights)[0] for i, token in enumerate(own)]
                 else:
-                    states = next_states(before, own, start)
+                    states = next_states(before, own, start, self.weights)
                 entries = np.stack([own, positions[start - begin :], states], axis=1)
                 pool[pages[start - begin :], positions[start - begin :] % size] = entries
                 visible = earlier[:, 2].tolist() + states

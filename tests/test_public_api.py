@@ -25,11 +25,13 @@ NAMES = {
     "Logprob",
     "MemoryPlanError",
     "ModelNotFoundError",
+    "ParamRule",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
     "UnsupportedError",
     "UnsupportedModelError",
+    "WeightsDeletedError",
     "__version__",
 }
 
@@ -67,7 +69,9 @@ def test_one_version():
     assert jaxengine.__version__ == project["version"]
 
 
-@pytest.mark.parametrize("module", ["jaxengine", "jaxengine.llm", "jaxengine.async_llm", "jaxengine.request"])
+@pytest.mark.parametrize(
+    "module", ["jaxengine", "jaxengine.llm", "jaxengine.async_llm", "jaxengine.config", "jaxengine.request"]
+)
 def test_docstring_examples(module, shipped_model):
     failed, _ = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
     assert failed == 0

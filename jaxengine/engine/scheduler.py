@@ -49,7 +49,8 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.enable_prefix_caching, self.priority_aging_steps = enable_prefix_caching, priority_aging_steps
         self.steps_per_call = steps_per_call
-        self.weight_version = 0  # who changes it calls `reset_prefix_cache` next
+        self.weight_version = 0
+        self._held: list[Sequence] | None = None  # arrivals that wait for other weights; None: they need not
         self._steps = self._arrivals = 0
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0
         self.restart(())
@@ -67,8 +68,11 @@ class Scheduler:
         self._waiting: list[tuple[tuple, Sequence]] = []  # heap by rank; finished ones are passed over
         self._computing: dict[bytes, Sequence] = {}  # prompt pages that a running sequence is computing just now
         self._deferred: dict[bytes, list[Sequence]] = {}  # waiting, by the page they wait for, one of these
+        held = set(self._held or ())
+        self.num_waiting += sum(sequence in held for sequence in sequences)
         for sequence in sequences:
-            self._wait(sequence)
+            if sequence not in held:
+                self._wait(sequence)
 
     # -- arrivals and departures
 
@@ -78,7 +82,11 @@ class Scheduler:
         request.rank = (request.priority * self.priority_aging_steps + self._steps, self._arrivals)
         self._arrivals += 1
         for sequence in request.sequences:
-            self._wait(sequence)
+            if self._held is None:
+                self._wait(sequence)
+            else:
+                self.num_waiting += 1
+                self._held.append(sequence)
 
     def _wait(self, sequence: Sequence) -> None:
         self.num_waiting += 1
@@ -97,6 +105,24 @@ class Scheduler:
             self.draining.add(slot)
         else:
             self._free(slot)
+
+    def hold(self) -> None:
+        """Who arrives from now on is not admitted before `release`, or other weights."""
+        self._held = []
+
+    def release(self) -> None:
+        held, self._held = self._held or [], None
+        for sequence in held:
+            if not sequence.finished:
+                heapq.heappush(self._waiting, (sequence.rank, sequence))
+
+    def change_weights(self, version: int) -> None:
+        """No flight is on its way. What runs gives up its pages: none ever holds what two versions wrote."""
+        for sequence in list(self.running):
+            self._preempt(sequence)
+        self.weight_version = version
+        self.release()
+        self.reset_prefix_cache()
 
     @property
     def has_work(self) -> bool:
@@ -414,5 +440,6 @@ class Scheduler:
         assert all(content in s.hashes and s in self.running for content, s in self._computing.items())
         assert self._deferred.keys() <= self._computing.keys()
         waiting = [s for _, s in self._waiting] + [s for deferred in self._deferred.values() for s in deferred]
+        waiting += self._held or []
         assert len(set(waiting)) == len(waiting) and not any(s.slot is not None for s in waiting)
         assert self.num_waiting == sum(not s.finished for s in waiting), "a waiting sequence is lost"

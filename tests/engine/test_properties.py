@@ -91,7 +91,7 @@ def run(engine, arrivals, on_step=lambda step: None, limit=3000):
 def assert_as_alone(engine, request):
     windows = [group.window for group in engine.scheduler.groups]
     for i, sequence in enumerate(request.sequences):
-        alone = expected(request, windows, VOCAB, i)
+        alone = expected(request, windows, VOCAB, i, sequence.weight_versions)
         assert sequence.output() == alone.tokens
         assert sequence.finish_reason == alone.reason
         assert sequence.text == "".join(
@@ -103,6 +103,7 @@ def assert_as_alone(engine, request):
             assert all(len(row[2]) == (VOCAB if wanted == -1 else wanted) for row in sequence.logprobs)
     if request.params.prompt_logprobs is not None:
         rows = request.sequences[0].prompt_logprobs
+        alone = expected(request, windows, VOCAB, 0, request.sequences[0].weight_versions)
         assert [row[0] for row in rows] == pytest.approx(alone.prompt_logprobs)
         wanted = request.params.prompt_logprobs
         for row in rows:
