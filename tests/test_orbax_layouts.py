@@ -12,8 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
-from jaxengine import LLM, CheckpointError, ConfigError, ParamRule, SamplingParams, UnsupportedModelError
+from jaxengine import LLM, CheckpointError, ConfigError, ParamRule, SamplingParams, UnsupportedModelError, cli
 from jaxengine.models import build, nest
 from jaxengine.sharding import create_mesh
 from jaxengine.weights import load_params, open_checkpoint, orbax_format
@@ -346,20 +348,33 @@ def test_where_the_config_is_found(tmp_path, mesh):
 # -- engines
 
 
-@pytest.mark.parametrize("layout", ["MaxText", "Tunix"])
+@pytest.mark.parametrize("layout", ["MaxText", "a table"])
 def test_served(layout, tmp_path):
+    """And updated: without config.json the engine's config holds, and its table where a layout is not known."""
     if layout == "MaxText":
-        params = trainers.maxtext_params(tensors(), CONFIGS["llama"], scanned=True)
+        params, mapping = trainers.maxtext_params(tensors(), CONFIGS["llama"], scanned=True), None
         run = trainers.save_steps(tmp_path / "run", [0], items={"params": {"params": params}, "step": 0})
     else:
-        run = trainers.save_steps(
-            tmp_path / "run", [0], model_params=trainers.tunix_params(tensors(), CONFIGS["llama"])
-        )
-    with LLM(str(run), config=CONFIGS["llama"], tokenizer=model_folder(), **OPTIONS) as llm:
+        mapping = {r"net\.(.*)": ParamRule(r"\1")}
+        held = load_params(open_checkpoint(model_folder()), "float32", create_mesh())
+        run = trainers.save_steps(tmp_path / "run", [0], default={"net": nest(held)})
+    with LLM(str(run), config=CONFIGS["llama"], param_mapping=mapping, **OPTIONS) as llm:
         llm._runner._programs = shared_llm()._runner._programs
         want = shared_llm().generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        assert count_ties("llama", PROMPT, want) == 0
         for _ in range(2):
-            [output] = llm.generate(PROMPT, GREEDY, use_tqdm=False)
-            assert output.outputs[0].token_ids == want
-            assert count_ties("llama", PROMPT, want) == 0
-            llm.update_weights(run / "0")  # of the engine's config: the checkpoint has none
+            assert llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids == want
+            llm.update_weights(run / "0")
+
+
+def test_converted(tmp_path):
+    """MaxText's to safetensors, bit for bit (the square root of 16 is exact), and to canonical Orbax."""
+    params = trainers.maxtext_params(tensors(), CONFIGS["llama"], scanned=True)
+    run = trainers.save_steps(tmp_path / "run", [0], items={"params": {"params": params}})
+    for to in ("safetensors", "orbax"):
+        options = ["--to", to, "--config", str(model_folder() / "config.json")]
+        assert CliRunner().invoke(cli.app, ["convert", str(run), str(tmp_path / to), *options]).exit_code == 0
+    assert load_file(tmp_path / "safetensors" / "model.safetensors").keys() == tensors().keys()
+    want = load_params(open_checkpoint(model_folder()), "float32", create_mesh())
+    for to in ("safetensors", "orbax"):
+        assert_same(load_params(open_checkpoint(tmp_path / to), "float32", create_mesh()), want)

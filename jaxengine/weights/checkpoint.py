@@ -121,6 +121,8 @@ def _open(path: Path, load_format: str, overrides: Mapping[str, Any], use_genera
         hf_config, generation, tokenizer = reader.hf_config, reader.generation_config, reader
     else:
         kind = "safetensors"
+        if not (path / "config.json").exists():
+            raise CheckpointError(f"{path}: no model in HuggingFace's format (it has no config.json), nor one of Orbax")
         hf_config, generation = read_json(path / "config.json"), read_json(path / "generation_config.json", {})
         tokenizer = path if has_tokenizer(path) else None
     if load_format == "dummy":
@@ -234,7 +236,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         if default is None:
-            raise CheckpointError(f"{path.parent} has no {path.name}: not a model in HuggingFace's format") from error
+            raise CheckpointError(f"there is no {path}") from error
         return default
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error

@@ -67,9 +67,11 @@ def read_tree(path: Path) -> Tree:
             structure = checkpointer.metadata(path.absolute()).item_metadata.tree
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise CheckpointError(f"{path}: not a complete Orbax checkpoint: {error}") from error
-    arrays = {}
+    arrays: dict[str, Stored] = {}
     for place, leaf in tree_leaves_with_path(structure):
         name = keystr(place, simple=True, separator=".").removesuffix(".value")
+        if name in arrays:
+            raise CheckpointError(f"{path}: two arrays are called {name}")
         if hasattr(leaf, "shape"):  # not a string
             arrays[name] = Stored(tuple(leaf.shape), leaf.dtype, keystr(place))
     return Tree(path, structure, arrays)
