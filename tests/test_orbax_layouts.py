@@ -326,6 +326,8 @@ def test_faults(tmp_path, mesh, canonical):
     hf = tiny.write_checkpoint("llama", tmp_path / "hf")
     with pytest.raises(ConfigError, match="is for parameters in memory or in an Orbax checkpoint"):
         open_checkpoint(hf, config=config)
+    with pytest.raises(ConfigError, match="is for parameters in memory or in an Orbax checkpoint"):
+        open_checkpoint(folder, config=config, load_format="dummy")
     with pytest.raises(ConfigError, match="hf_overrides="):
         open_checkpoint(folder, config=config, hf_overrides={"vocab_size": 3})
     with pytest.raises(CheckpointError, match="is of format"):

@@ -75,7 +75,7 @@ def open_checkpoint(
     if load_format not in FORMATS:
         raise ConfigError(f"{load_format=} is not one of {', '.join(FORMATS)}")
     path = _gguf_within(locate(model, revision, download_dir, weights=load_format != "dummy"))
-    item = _orbax_item(path, load_format)
+    item = None if load_format == "dummy" else _orbax_item(path, load_format)
     if item is None and (config is not None or mapping is not None):
         raise ConfigError(
             "config= is for parameters in memory or in an Orbax checkpoint, and so is param_mapping=; hf_overrides= "
@@ -84,7 +84,7 @@ def open_checkpoint(
     if config is not None and hf_overrides:
         raise ConfigError("hf_overrides= changes config.json, but config= says all of it")
     try:
-        if item is not None and load_format != "dummy":
+        if item is not None:
             return _open_orbax(
                 path, item, hf_overrides or {}, use_generation_config, config, mapping, default_config, default_mapping
             )
