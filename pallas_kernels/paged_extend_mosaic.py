@@ -1,13 +1,14 @@
 """`paged_extend` for Hopper in Pallas Mosaic GPU: pages come by TMA, products run as wgmma.
 
-A program has three warpgroups of 128 threads. One copies pages of K and V to shared memory, tile after tile; the other
-two share these tiles. Each of the two has 64 query tokens of one head, and while one is in its softmax, the other has
-the tensor cores (Shah et al. 2024, FlashAttention-3).
+There is a program for each multiprocessor, of three warpgroups of 128 threads, and each goes through a list of items.
+An item is two units: 64 query tokens of a head each, of the same block and KV head. The third warpgroup, the producer,
+copies queries and then tile after tile of K and V to shared memory. The other two, the consumers, share these tiles and
+have a unit each; while one is in its softmax, the other has the tensor cores (Shah et al. 2024, FlashAttention-3).
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import paged_tile as tile
 
-ROWS = 64  # query tokens of a warpgroup: the rows of a wgmma
-CONSUMERS = 2  # warpgroups that multiply
-# Of the 512 registers that a thread of each warpgroup may have together; a copying thread needs few.
+ROWS = 64  # query tokens of a unit: the rows of a wgmma
+CONSUMERS = 2
+# A multiprocessor has 512 registers for a thread of each warpgroup together; copying needs few.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
 SWIZZLE = 128  # bytes
+# Of an array (shape, dtype) on its way between global and swizzled shared memory: 16 bytes a thread, no bank conflicts.
+COPY_LAYOUT = partial(plgpu.Layout.SMEM_GMEM_COPY, swizzle=SWIZZLE)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class TuningConfig:
 
     @classmethod
     def from_shapes(cls, q, k_pages) -> "TuningConfig":
-        """The choice for these arrays (or anything with their shapes and dtypes)."""
+        """The choice for these arrays (or anything with their shapes and dtypes): what fits in shared memory."""
         return cls(block_kv=128, stages=2) if q.shape[2] <= 128 else cls(block_kv=64, stages=2, q_buffers=1)
 
 
@@ -53,8 +56,22 @@ def supports(q, k_pages, v_pages, scale: float) -> bool:
         and page_size >= 8
         and not page_size & (page_size - 1)
         and tokens >= ROWS
-        and scale > 0
+        and scale > 0  # the largest product is the largest score
     )
+
+
+class Settings(NamedTuple):
+    """What is known when the kernel is compiled, beside the shapes."""
+
+    block_q: int
+    kv_heads: int
+    units: int  # of a block and KV head
+    items: int
+    programs: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    simulated: bool
 
 
 def paged_extend_mosaic(
@@ -73,30 +90,32 @@ def paged_extend_mosaic(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    tuning: TuningConfig | None = None,
-    interpret=None,
+    tuning: TuningConfig,
+    interpret: bool = False,
 ) -> jax.Array:
-    """See `paged_extend`, which checks the arguments; what `supports` takes, on a card of compute capability 9.0."""
-    tuning = tuning or TuningConfig.from_shapes(q, k_pages)
-    block_kv, stages = tuning.block_kv, tuning.stages
+    """See `paged_extend`, which checks the arguments, for cards of compute capability 9.0.
+
+    ValueError for what `supports` does not take. Interpret mode also checks for races, and is slow.
+    """
+    if not supports(q, k_pages, v_pages, scale):
+        raise ValueError(f"this kernel does not take {q.shape=} {q.dtype=} {k_pages.shape=} {k_pages.dtype=} {scale=}")
     (pages, kv_heads, page_size, dim), dtype = k_pages.shape, q.dtype
     columns = SWIZZLE // dtype.itemsize
-    units = pl.cdiv(block_q, ROWS) * (q.shape[1] // kv_heads)  # of a block and KV head: 64 tokens of a query head
+    units = pl.cdiv(block_q, ROWS) * (q.shape[1] // kv_heads)
     items = len(block_row) * kv_heads * pl.cdiv(units, CONSUMERS)
     programs = min(items, _multiprocessors())
-    tiled = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE)
-    kv = plgpu.SMEM((stages, block_kv, dim), dtype, transforms=tiled)
-    copies = block_kv // min(page_size, block_kv)
-    loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=stages)
-    released = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
-    kernel = partial(_kernel, block_q=block_q, page_size=page_size, kv_heads=kv_heads, units=units, items=items,
-                     programs=programs, scale=scale, window=window, softcap=softcap,
-                     simulated=interpret is not None)  # fmt: skip
-    out_ref = jax.new_ref(out)
+    settings = Settings(block_q, kv_heads, units, items, programs, scale, window, softcap, interpret)
+    transforms: Any = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE))  # type: ignore[abstract]
+    swizzled = partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
+    kv = swizzled((tuning.stages, tuning.block_kv, dim))
+    copies = tuning.block_kv // min(page_size, tuning.block_kv)  # of a tile
+    loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=tuning.stages)
+    released = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tuning.stages)
+    out_ref = jax.new_ref(out)  # what is there stays where no block writes
     plgpu.kernel(
-        kernel,
+        partial(_kernel, settings),
         scratch_types=[
-            plgpu.SMEM((tuning.q_buffers, CONSUMERS, ROWS, dim), dtype, transforms=tiled),
+            swizzled((tuning.q_buffers, CONSUMERS, ROWS, dim)),
             kv,
             kv,
             plgpu.SMEM((CONSUMERS, ROWS, columns), dtype),
@@ -114,7 +133,7 @@ def paged_extend_mosaic(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_extend_mosaic",
-        **({} if interpret is None else {"interpret": interpret}),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(block_row, block_start, q_start, q_len, lengths, page_table, q,
       k_pages.reshape(pages * kv_heads, page_size, dim), v_pages.reshape(pages * kv_heads, page_size, dim),
       out_ref)  # fmt: skip
@@ -122,17 +141,43 @@ def paged_extend_mosaic(
 
 
 def _multiprocessors() -> int:
-    """Of the card, or of an H100 where there is none: a program may be lowered for another machine."""
+    """Of this machine's card; of an H100 where the program is lowered for a card that is not here."""
     return getattr(jax.devices()[0], "core_count", 0) or 132
 
 
-class Item(NamedTuple):
-    """Scalars of a piece of work: a block and KV head, and two units of it."""
+class Refs(NamedTuple):
+    block_row: Any  # [NB]
+    block_start: Any  # [NB]
+    q_start: Any  # [R]
+    q_len: Any  # [R]
+    lengths: Any  # [R]
+    table: Any  # [R, W]
+    q: Any  # [T, H, D]
+    k: Any  # [pages * KH, page_size, D]
+    v: Any
+    out: Any  # [T, H, D]
+    # Shared memory.
+    q_smem: Any  # [buffers, CONSUMERS, ROWS, D]: the queries of an item, at last its output
+    k_smem: Any  # [stages, block_kv, D]
+    v_smem: Any
+    rows_smem: Any  # [CONSUMERS, ROWS, 64]: output in plain order, of units that are not stored whole
+    # Barriers, one a buffer or stage.
+    q_loaded: Any
+    k_loaded: Any
+    v_loaded: Any
+    q_released: Any
+    k_released: Any
+    v_released: Any
+    turn: Any  # one barrier: a consumer has issued its products, the other has its softmax behind it
 
-    real: jax.Array  # bool; the others are steps = 0 or nothing at all
+
+class Item(NamedTuple):
+    """Scalars."""
+
+    real: jax.Array  # bool; an item that is not has no steps
     row: jax.Array
     kv_head: jax.Array
-    pair: jax.Array
+    pair: jax.Array  # of units
     start: jax.Array  # the block's tokens
     end: jax.Array
     length: jax.Array  # the row's keys
@@ -143,255 +188,222 @@ class Item(NamedTuple):
     steps: jax.Array  # tiles of keys
 
 
-def _kernel(
-    block_row_ref,  # [NB]
-    block_start_ref,  # [NB]
-    q_start_ref,  # [R]
-    q_len_ref,  # [R]
-    lengths_ref,  # [R]
-    table_ref,  # [R, W]
-    q_ref,  # [T, H, D]
-    k_ref,  # [pages * KH, page_size, D]
-    v_ref,
-    out_ref,  # [T, H, D]
-    q_smem,  # [buffers, CONSUMERS, ROWS, D]: the queries of an item, at last its output
-    k_smem,  # [stages, block_kv, D]
-    v_smem,
-    rows_smem,  # [CONSUMERS, ROWS, 64]: output in plain order, for units that are not stored whole
-    q_loaded,  # barriers, one a buffer or stage
-    k_loaded,
-    v_loaded,
-    q_released,
-    k_released,
-    v_released,
-    turn,  # barrier: the other consumer has issued its products
-    *,
-    block_q: int,
-    page_size: int,
-    kv_heads: int,
-    units: int,
-    items: int,
-    programs: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    simulated: bool,
-):
-    warpgroup, program = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("program")
-    tokens, heads, dim = q_ref.shape
-    group = heads // kv_heads
-    (buffers, *_), (stages, block_kv, _) = q_smem.shape, k_smem.shape
-    columns = rows_smem.shape[2]
-    copied = partial(plgpu.Layout.SMEM_GMEM_COPY, dtype=q_ref.dtype, swizzle=SWIZZLE)
+class Unit(NamedTuple):
+    """Scalars."""
 
-    def item(i) -> Item:
-        # Items from long to short, dealt out to the programs to and fro.
-        number = i * programs + jnp.where(tile.rem(i, 2) == 0, program, programs - 1 - program)
-        pairs = pl.cdiv(units, CONSUMERS)
-        block = block_row_ref.shape[0] - 1 - tile.div(number, kv_heads * pairs)
-        kv_head, pair = tile.rem(tile.div(number, pairs), kv_heads), tile.rem(number, pairs)
-        block = jnp.maximum(block, 0)
-        row = block_row_ref[block]
-        real, row = (number < items) & (row >= 0), jnp.maximum(row, 0)
-        row_start, row_len, length = q_start_ref[row], q_len_ref[row], lengths_ref[row]
-        start = block_start_ref[block]
-        end = jnp.minimum(start + block_q, row_start + row_len)
-        context = length - row_len - row_start
-        first_token = start + ROWS * tile.div(CONSUMERS * pair, group)
-        last_unit = jnp.minimum(CONSUMERS * pair + CONSUMERS, units) - 1
-        end_token = jnp.minimum(start + ROWS * (tile.div(last_unit, group) + 1), end)
-        real &= first_token < end_token
-        key_start = jnp.where(real, tile.first_key(context + first_token, window, page_size), 0)
-        steps = jnp.where(real, tile.div(context + end_token - key_start + block_kv - 1, block_kv), 0)
-        return Item(real, row, kv_head, pair, start, end, length, context, first_token, end_token, key_start, steps)
+    head: jax.Array
+    start: jax.Array  # its tokens, none for the second unit where there is but one
+    end: jax.Array
+    base: jax.Array  # the first of the ROWS tokens that are read: all of them must exist
 
-    def place(unit, work: Item):
-        """The head of a unit, its tokens, and the first of the ROWS that are read: all of them must exist."""
-        start = work.start + ROWS * tile.div(unit, group)
-        end = jnp.where(unit < units, jnp.minimum(start + ROWS, work.end), start)
-        return work.kv_head * group + tile.rem(unit, group), start, end, jnp.minimum(start, tokens - ROWS)
 
-    rounds = pl.cdiv(items, programs)
+def _item(refs: Refs, settings: Settings, i: jax.Array) -> Item:
+    """The program's i-th."""
+    program, programs, pairs = jax.lax.axis_index("program"), settings.programs, pl.cdiv(settings.units, CONSUMERS)
+    # Dealt out to the programs to and fro: where items come from long to short, all get about as much.
+    number = i * programs + jnp.where(tile.rem(i, 2) == 0, program, programs - 1 - program)
+    block = jnp.minimum(tile.div(number, settings.kv_heads * pairs), refs.block_row.shape[0] - 1)
+    kv_head, pair = tile.rem(tile.div(number, pairs), settings.kv_heads), tile.rem(number, pairs)
+    row = refs.block_row[block]
+    real, row = (number < settings.items) & (row >= 0), jnp.maximum(row, 0)
+    row_start, row_len, length = refs.q_start[row], refs.q_len[row], refs.lengths[row]
+    start = refs.block_start[block]
+    end = jnp.minimum(start + settings.block_q, row_start + row_len)
+    context = length - row_len - row_start
+    group = refs.q.shape[1] // settings.kv_heads
+    first_token = start + ROWS * tile.div(CONSUMERS * pair, group)
+    last_unit = jnp.minimum(CONSUMERS * pair + CONSUMERS, settings.units) - 1
+    end_token = jnp.minimum(start + ROWS * (tile.div(last_unit, group) + 1), end)
+    real &= first_token < end_token
+    block_kv = refs.k_smem.shape[1]
+    key_start = jnp.where(real, tile.first_key(context + first_token, settings.window, refs.k.shape[1]), 0)
+    steps = jnp.where(real, tile.div(context + end_token - key_start + block_kv - 1, block_kv), 0)
+    return Item(real, row, kv_head, pair, start, end, length, context, first_token, end_token, key_start, steps)
 
-    @pl.when(warpgroup == CONSUMERS)
-    def _():
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        rows = min(page_size, block_kv)  # of a copy
-        absent = k_ref.shape[0]  # beyond the pool: the copy gives zeros
 
-        def produce(i, carry):
-            count, first = carry  # items and tiles so far
-            work = item(i)
-            buffer = tile.rem(count, buffers)
+def _unit(refs: Refs, settings: Settings, item: Item, consumer: int | jax.Array) -> Unit:
+    tokens, heads, _ = refs.q.shape
+    group, unit = heads // settings.kv_heads, CONSUMERS * item.pair + consumer
+    start = item.start + ROWS * tile.div(unit, group)
+    end = jnp.where(unit < settings.units, jnp.minimum(start + ROWS, item.end), start)
+    return Unit(item.kv_head * group + tile.rem(unit, group), start, end, jnp.minimum(start, tokens - ROWS))
 
-            @pl.when(work.real)
-            def _():
-                @pl.when(count >= buffers)
-                def _():
-                    plgpu.barrier_wait(q_released.at[buffer])
 
-                for consumer in range(CONSUMERS):
-                    head, _, _, base = place(CONSUMERS * work.pair + consumer, work)
-                    for column in range(0, dim, columns):
-                        part = q_ref.at[pl.ds(base, ROWS), head, pl.ds(column, columns)]
-                        part = plgpu.load(part, layout=copied((ROWS, columns)), optimized=False)
-                        q_smem[buffer, consumer, :, pl.ds(column, columns)] = part
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(q_loaded.at[buffer])
+def _kernel(settings: Settings, *refs) -> None:
+    warpgroup = jax.lax.axis_index("warpgroup")
+    pl.when(warpgroup == CONSUMERS)(partial(_produce, Refs(*refs), settings))
+    pl.when(warpgroup < CONSUMERS)(partial(_consume, Refs(*refs), settings, warpgroup))
 
-            @pl.loop(0, work.steps)
-            def _(step):
-                slot = tile.rem(first + step, stages)
-                places = []
-                for j in range(block_kv // rows):
-                    at = work.key_start + step * block_kv + j * rows
-                    inside = at < work.context + work.end_token
-                    page = table_ref[work.row, jnp.where(inside, tile.div(at, page_size), 0)]
-                    places.append((jnp.where(inside, page * kv_heads + work.kv_head, absent), tile.rem(at, page_size)))
-                for pool, smem, loaded, released in (
-                    (k_ref, k_smem, k_loaded, k_released),
-                    (v_ref, v_smem, v_loaded, v_released),
-                ):
 
-                    @pl.when(first + step >= stages)
-                    def _(released=released):
-                        plgpu.barrier_wait(released.at[slot])
+def _for_each_item(refs: Refs, settings: Settings, function) -> None:
+    """function(item, first, buffer, reused) for each item of the program that is real, in order.
 
-                    for j, (page, offset) in enumerate(places):
-                        source = pool.at[page] if rows == page_size else pool.at[page, pl.ds(offset, rows)]
-                        plgpu.copy_gmem_to_smem(source, smem.at[slot, pl.ds(j * rows, rows)], loaded.at[slot])
+    `first`: the number of its first tile among all of the program's; `buffer`: of its queries, `reused`: by this item.
+    """
+    buffers = refs.q_smem.shape[0]
 
-            return count + work.real, first + work.steps
+    def body(i, carry):
+        count, first = carry
+        item = _item(refs, settings, i)
+        pl.when(item.real)(lambda: function(item, first, tile.rem(count, buffers), count >= buffers))
+        return count + item.real, first + item.steps
 
-        jax.lax.fori_loop(0, rounds, produce, (jnp.int32(0), jnp.int32(0)))
+    jax.lax.fori_loop(0, pl.cdiv(settings.items, settings.programs), body, (jnp.int32(0), jnp.int32(0)))
 
-    @pl.when(warpgroup < CONSUMERS)
-    def _():
-        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-        factor = tile.LOG2E if softcap else scale * tile.LOG2E
 
-        def take_turns():
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
+def _produce(refs: Refs, settings: Settings) -> None:
+    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+    dim, columns, (stages, block_kv, _) = refs.q.shape[2], refs.rows_smem.shape[2], refs.k_smem.shape
+    absent, page_size, _ = refs.k.shape  # a copy from beyond the pool gives zeros
+    rows = min(page_size, block_kv)  # of a copy
+    layout = COPY_LAYOUT((ROWS, columns), refs.q.dtype)
 
-        def consume(i, carry):
-            count, first = carry
-            work = item(i)
-            pl.when(work.real)(lambda: attend(work, tile.rem(count, buffers), first))
-            return count + work.real, first + work.steps
+    def copy_item(item: Item, first, buffer, reused):
+        pl.when(reused)(lambda: plgpu.barrier_wait(refs.q_released.at[buffer]))
+        for consumer in range(CONSUMERS):
+            unit = _unit(refs, settings, item, consumer)
+            for column in range(0, dim, columns):
+                # Not by TMA, which takes tiles of 8 rows only from a multiple of 8 on.
+                part = refs.q.at[pl.ds(unit.base, ROWS), unit.head, pl.ds(column, columns)]
+                part = plgpu.load(part, layout=layout, optimized=False)
+                refs.q_smem[buffer, consumer, :, pl.ds(column, columns)] = part
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.q_loaded.at[buffer])
 
-        def attend(work: Item, buffer, first):
-            head, unit_start, unit_end, base = place(CONSUMERS * work.pair + warpgroup, work)
-            context, key_start, steps = work.context, work.key_start, work.steps
-            key_end = context + work.end_token
-            queries = q_smem.at[buffer, warpgroup]
-            plgpu.barrier_wait(q_loaded.at[buffer])
-            plgpu.barrier_wait(k_loaded.at[tile.rem(first, stages)])
+        @pl.loop(0, item.steps)
+        def _(step):
+            slot = tile.rem(first + step, stages)
+            places = []
+            for i in range(block_kv // rows):
+                key = item.key_start + step * block_kv + i * rows
+                inside = key < item.context + item.end_token
+                page = refs.table[item.row, jnp.where(inside, tile.div(key, page_size), 0)]
+                places.append((jnp.where(inside, page * settings.kv_heads + item.kv_head, absent),
+                               tile.rem(key, page_size)))  # fmt: skip
+            for pool, smem, loaded, released in (
+                (refs.k, refs.k_smem, refs.k_loaded, refs.k_released),
+                (refs.v, refs.v_smem, refs.v_loaded, refs.v_released),
+            ):
+                pl.when(first + step >= stages)(partial(plgpu.barrier_wait, released.at[slot]))
+                for i, (page, offset) in enumerate(places):
+                    source = pool.at[page] if rows == page_size else pool.at[page, pl.ds(offset, rows)]
+                    plgpu.copy_gmem_to_smem(source, smem.at[slot, pl.ds(i * rows, rows)], loaded.at[slot])
 
-            def body(step, carry, masked):
-                out, top, total = carry
-                slot = tile.rem(first + step, stages)
+    _for_each_item(refs, settings, copy_item)
 
-                def multiply_keys(accumulator):
-                    plgpu.wgmma(accumulator, queries, k_smem.at[slot].transpose((1, 0)))
-                    take_turns()
-                    return accumulator[...]
 
-                scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, block_kv), jnp.float32))
-                plgpu.barrier_arrive(k_released.at[slot])
-                if softcap:
-                    scores = jnp.tanh(scores * (scale / softcap)) * softcap
-                if masked:
-                    iota = partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, block_kv), layout=plgpu.Layout.WGMMA)
-                    ahead = iota(1) - iota(0) + (key_start + step * block_kv - context - base)  # keys after the query's
-                    seen = ahead <= 0
-                    if window is not None:
-                        seen &= ahead > -window
-                    scores = jnp.where(seen, scores, tile.HIDDEN)
-                new_top = jnp.maximum(top, scores.max(axis=1) * factor)
-                decay = jnp.exp2(top - new_top)
-                weight = jnp.exp2(scores * factor - jax.lax.broadcast_in_dim(new_top, scores.shape, [0]))
-                out *= jax.lax.broadcast_in_dim(decay, out.shape, [0])
-                total = total * decay + weight.sum(axis=1)
-                weight = weight.astype(q_ref.dtype)
-                # Before the other consumer's turn, not after it.
-                out, total, new_top, weight = jax.lax.optimization_barrier((out, total, new_top, weight))
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_loaded.at[slot])
-                if masked:
-                    _clear_beyond(v_smem.at[slot], key_end - key_start - step * block_kv, clear)
-                plgpu.barrier_wait(turn)
+def _consume(refs: Refs, settings: Settings, warpgroup: jax.Array) -> None:
+    plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+    pl.when(warpgroup == 1)(lambda: _take_turns(refs))  # it goes second
 
-                def wait_for_next_keys():
-                    @pl.when(step + 1 < steps)
-                    def _():
-                        plgpu.barrier_wait(k_loaded.at[tile.rem(first + step + 1, stages)])
+    def attend(item: Item, first, buffer, _):
+        unit, queries = _unit(refs, settings, item, warpgroup), refs.q_smem.at[buffer, warpgroup]
+        plgpu.barrier_wait(refs.q_loaded.at[buffer])
+        plgpu.barrier_wait(refs.k_loaded.at[tile.rem(first, refs.k_smem.shape[0])])
+        out, total = _attend(refs, settings, item, unit, queries, first, warpgroup)
+        result = (out * jax.lax.broadcast_in_dim(1 / total, out.shape, [0])).astype(refs.q.dtype)
+        count = unit.end - unit.start
+        pl.when(count == ROWS)(partial(_store_whole, refs, unit, queries, result))
+        pl.when((count > 0) & (count < ROWS))(partial(_store_rows, refs, unit, refs.rows_smem.at[warpgroup], result))
+        plgpu.barrier_arrive(refs.q_released.at[buffer])
 
-                def multiply_values(accumulator):
-                    plgpu.wgmma(accumulator, weight, v_smem.at[slot])
-                    wait_for_next_keys()
+    _for_each_item(refs, settings, attend)
+    pl.when(warpgroup == 0)(lambda: _take_turns(refs))
 
-                if simulated:  # interpret mode knows no run_state, nor wgmma of registers
-                    out += jnp.dot(weight, v_smem[slot], preferred_element_type=jnp.float32)
-                    plgpu.commit_smem()
-                    wait_for_next_keys()
-                else:
-                    out = pl.run_state(multiply_values)(plgpu.ACC.init(out))
-                plgpu.barrier_arrive(v_released.at[slot])
-                return out, new_top, total
 
-            # What lies behind a row's last key in its page may be anything, NaN too. The second consumer gets its turn
-            # to multiply after the first has had its own, so one of them clears it for both.
-            clear = (warpgroup == 0) & (tile.div(key_end + page_size - 1, page_size) * page_size > work.length)
-            by_row = plgpu.Layout.WGMMA.reduce(1)
-            carry = (
-                plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
-                plgpu.layout_cast(jnp.full((ROWS,), tile.HIDDEN, jnp.float32), by_row),
-                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
-            )
-            # Tiles from whole_start to whole_end are seen whole by all queries.
-            whole_start, whole_end = 0, tile.div(context + work.first_token + 1 - key_start, block_kv)
+def _take_turns(refs: Refs) -> None:
+    plgpu.barrier_arrive(refs.turn)
+    plgpu.barrier_wait(refs.turn)
+
+
+def _attend(
+    refs: Refs, settings: Settings, item: Item, unit: Unit, queries, first: jax.Array, warpgroup: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The unit's weighted values [ROWS, D] and total weights [ROWS], by online softmax (Milakov, Gimelshein 2018)."""
+    (stages, block_kv, dim), page_size, dtype = refs.k_smem.shape, refs.k.shape[1], refs.q.dtype
+    scale, window, softcap = settings.scale, settings.window, settings.softcap
+    factor = tile.LOG2E if softcap else scale * tile.LOG2E
+    context, key_start, steps = item.context, item.key_start, item.steps
+    key_end = context + item.end_token
+    # What lies behind a row's last key in its page may be anything, NaN too. The second consumer gets its turn to
+    # multiply after the first has had its own, so the first clears it for both.
+    clear = (warpgroup == 0) & (tile.div(key_end + page_size - 1, page_size) * page_size > item.length)
+
+    def body(step, carry, masked):
+        """masked: some query of the item does not see some key of this tile."""
+        out, top, total = carry
+        slot = tile.rem(first + step, stages)
+
+        def multiply_keys(accumulator):
+            plgpu.wgmma(accumulator, queries, refs.k_smem.at[slot].transpose((1, 0)))
+            _take_turns(refs)
+            return accumulator[...]
+
+        scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, block_kv), jnp.float32))
+        plgpu.barrier_arrive(refs.k_released.at[slot])
+        if softcap:
+            scores = jnp.tanh(scores * (scale / softcap)) * softcap
+        if masked:
+            iota = partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, block_kv), layout=plgpu.Layout.WGMMA)
+            ahead = iota(1) - iota(0) + (key_start + step * block_kv - context - unit.base)  # of the query's own key
+            seen = ahead <= 0
             if window is not None:
-                hidden = jnp.maximum(key_end - window - key_start, 0)  # keys that some query sees no more
-                whole_start = jnp.minimum(tile.div(hidden + block_kv - 1, block_kv), steps)
-                whole_end = jnp.maximum(whole_start, whole_end)
-                carry = jax.lax.fori_loop(0, whole_start, partial(body, masked=True), carry)
-            carry = jax.lax.fori_loop(whole_start, whole_end, partial(body, masked=False), carry)
-            carry = jax.lax.fori_loop(whole_end, steps, partial(body, masked=True), carry)
-            out, _, total = carry
-            result = (out * jax.lax.broadcast_in_dim(1 / total, out.shape, [0])).astype(q_ref.dtype)
+                seen &= ahead > -window
+            # A query that has seen no key yet gets weights of 1, which decay to 0 with its first: it sees its own.
+            scores = jnp.where(seen, scores, tile.HIDDEN)
+        new_top = jnp.maximum(top, scores.max(axis=1) * factor)
+        decay = jnp.exp2(top - new_top)
+        weight = jnp.exp2(scores * factor - jax.lax.broadcast_in_dim(new_top, scores.shape, [0]))
+        out *= jax.lax.broadcast_in_dim(decay, out.shape, [0])
+        total = total * decay + weight.sum(axis=1)
+        # All of it before the turn, not between the products.
+        out, total, new_top, weight = jax.lax.optimization_barrier((out, total, new_top, weight.astype(dtype)))
+        plgpu.barrier_arrive(refs.turn)
+        plgpu.barrier_wait(refs.v_loaded.at[slot])
+        if masked:
+            _clear_beyond(refs.v_smem.at[slot], key_end - key_start - step * block_kv, clear)
+        plgpu.barrier_wait(refs.turn)
 
-            @pl.when(unit_end - unit_start == ROWS)
-            def _():
-                queries[...] = result
-                out_ref[pl.ds(base, ROWS), head] = plgpu.load(queries, layout=copied((ROWS, dim)))
+        def wait_for_next_keys():
+            next_slot = tile.rem(first + step + 1, stages)
+            pl.when(step + 1 < steps)(lambda: plgpu.barrier_wait(refs.k_loaded.at[next_slot]))
 
-            @pl.when((unit_start < unit_end) & (unit_end - unit_start < ROWS))
-            def _():
-                staged = rows_smem.at[warpgroup]
-                for column in range(0, dim, columns):
-                    staged[...] = result[:, column : column + columns]
-                    plgpu.commit_smem()
+        def multiply_values(accumulator):
+            plgpu.wgmma(accumulator, weight, refs.v_smem.at[slot])
+            wait_for_next_keys()
 
-                    @pl.loop(unit_start - base, unit_end - base)
-                    def _(j, column=column):
-                        target = out_ref.at[pl.ds(base + j, 1), head, pl.ds(column, columns)]
-                        plgpu.copy_smem_to_gmem(staged.at[pl.ds(j, 1)], target)
+        if settings.simulated:  # interpret mode knows no run_state, nor wgmma of registers
+            out += jnp.dot(weight, refs.v_smem[slot], preferred_element_type=jnp.float32)
+            plgpu.commit_smem()
+            wait_for_next_keys()
+        else:
+            out = pl.run_state(multiply_values)(plgpu.ACC.init(out))
+        plgpu.barrier_arrive(refs.v_released.at[slot])
+        return out, new_top, total
 
-                    plgpu.wait_smem_to_gmem(0)
-
-            plgpu.barrier_arrive(q_released.at[buffer])
-
-        pl.when(warpgroup == 1)(take_turns)
-        jax.lax.fori_loop(0, rounds, consume, (jnp.int32(0), jnp.int32(0)))
-        pl.when(warpgroup == 0)(take_turns)
+    by_row = plgpu.Layout.WGMMA.reduce(1)
+    carry = (
+        plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((ROWS,), tile.HIDDEN, jnp.float32), by_row),
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
+    )
+    whole_start: int | jax.Array = 0
+    whole_end = tile.div(context + item.first_token + 1 - key_start, block_kv)
+    if window is not None:
+        hidden = jnp.maximum(key_end - window - key_start, 0)  # keys that some query sees no more
+        whole_start = jnp.minimum(tile.div(hidden + block_kv - 1, block_kv), steps)
+        whole_end = jnp.maximum(whole_start, whole_end)
+        carry = jax.lax.fori_loop(0, whole_start, partial(body, masked=True), carry)
+    carry = jax.lax.fori_loop(whole_start, whole_end, partial(body, masked=False), carry)
+    out, _, total = jax.lax.fori_loop(whole_end, steps, partial(body, masked=True), carry)
+    return out, total
 
 
 def _clear_beyond(values, count: jax.Array, when: jax.Array) -> None:
     """Zeros in the rows of values [block_kv, D] from `count` on, if `when` holds and there are any."""
     block_kv, dim = values.shape
     columns = SWIZZLE // values.dtype.itemsize
-    layout = plgpu.Layout.SMEM_GMEM_COPY((ROWS, columns), values.dtype, SWIZZLE)
+    layout = COPY_LAYOUT((ROWS, columns), values.dtype)
 
     @pl.when(when & (count < block_kv))
     def _():
@@ -401,3 +413,24 @@ def _clear_beyond(values, count: jax.Array, when: jax.Array) -> None:
                 part = values.at[pl.ds(row, ROWS), pl.ds(column, columns)]
                 part[...] = jnp.where(inside, plgpu.load(part, layout=layout), jnp.zeros((), values.dtype))
         plgpu.commit_smem()
+
+
+def _store_whole(refs: Refs, unit: Unit, staged, result: jax.Array) -> None:
+    staged[...] = result
+    loaded = plgpu.load(staged, layout=COPY_LAYOUT(result.shape, result.dtype))
+    refs.out[pl.ds(unit.base, ROWS), unit.head] = loaded
+
+
+def _store_rows(refs: Refs, unit: Unit, staged, result: jax.Array) -> None:
+    """The unit's own rows, one by one: the others are other rows' tokens."""
+    columns = staged.shape[1]
+    for column in range(0, result.shape[1], columns):
+        staged[...] = result[:, column : column + columns]
+        plgpu.commit_smem()
+
+        @pl.loop(unit.start - unit.base, unit.end - unit.base)
+        def _(i, column=column):
+            target = refs.out.at[pl.ds(unit.base + i, 1), unit.head, pl.ds(column, columns)]
+            plgpu.copy_smem_to_gmem(staged.at[pl.ds(i, 1)], target)
+
+        plgpu.wait_smem_to_gmem(0)
