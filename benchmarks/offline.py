@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--steps-in-flight", type=int, default=1)
+    parser.add_argument("--steps-per-call", type=int)
     parser.add_argument("--peer", action="append", default=[], help="command of another engine's script, run first")
     parser.add_argument("--idle", action="store_true", help="also how long the device had nothing to do")
     args = parser.parse_args()
@@ -37,7 +38,8 @@ def main() -> None:
 
     workloads, shape = args.workloads.split(","), SHAPES[args.model]
     options = {
-        name: getattr(args, name) for name in ("dtype", "attention", "page_size", "max_num_seqs", "steps_in_flight")
+        name: getattr(args, name)
+        for name in ("dtype", "attention", "page_size", "max_num_seqs", "steps_in_flight", "steps_per_call")
     }
     options["enable_prefix_caching"] = False  # as in the figures that ours stand beside
     if args.max_num_batched_tokens is not None:

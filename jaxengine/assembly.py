@@ -42,6 +42,8 @@ class PlatformDefaults:
     attention: str
 
 
+# On a GPU a step of a model with fewer bytes takes about as long as submitting it: see benchmarks/README.md.
+SHORT_STEP_BYTES, SHORT_STEPS = 4e9, 4
 # Of buckets, beyond which they are multiples: padding against programs to compile, see benchmarks/README.md.
 ROW_STEP, TOKEN_STEP = 32, 512
 PLATFORMS = {
@@ -86,6 +88,8 @@ def assemble(
     sizes = Sizes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.page_size)
     words = _load_tokenizer(tokenizer, checkpoint, source.get("download_dir"))
     params, borrowed = _load_weights(checkpoint, config, mesh)
+    short = device.platform == "gpu" and sum(p.nbytes for p in params.values()) < SHORT_STEP_BYTES
+    steps = config.steps_per_call or (SHORT_STEPS if short else 1)
     groups = cache_groups(checkpoint.config.windows, checkpoint.config.num_kv_heads, checkpoint.config.head_dim)
     temporary = temporary_bytes(checkpoint.config, sizes, config.max_logprobs, config.dtype, config.attention)
     num_pages = plan_pages(config, checkpoint.config, groups, sizes, config.kv_cache_dtype, temporary, device)
@@ -98,6 +102,7 @@ def assemble(
         page_size=sizes.page_size,
         groups=len(groups),
         max_num_seqs=sizes.max_num_seqs,
+        steps=(1, steps) if steps > 1 else (1,),
     )
     runner = Runner(
         config, checkpoint.config, params, groups=groups, num_pages=num_pages, buckets=buckets,
@@ -108,6 +113,7 @@ def assemble(
         groups, num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens, max_model_len=sizes.max_model_len,
         enable_prefix_caching=config.enable_prefix_caching, priority_aging_steps=config.priority_aging_steps,
+        steps_per_call=steps,
     )  # fmt: skip
     frontend = Frontend(
         words, vocab_size=checkpoint.config.vocab_size, max_model_len=sizes.max_model_len,

@@ -129,7 +129,9 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_num_seqs: int | None = None  # rows in one step
     max_num_batched_tokens: int | None = None  # tokens in one step
-    steps_in_flight: int = 1  # steps that run on the device while the host schedules the next: 0, 1 or 2
+    steps_in_flight: int = 1  # calls that run on the device while the host schedules the next: 0, 1 or 2
+    # Tokens that a call draws of each sequence when nobody waits to be admitted; what comes after a stop is dropped.
+    steps_per_call: int | None = None  # None: 4 where submitting a step takes as long as the step, else 1
     priority_aging_steps: int = 256  # steps of waiting that outweigh one unit of priority
     attention: str = "auto"  # auto | reference | xla | triton
     max_logprobs: int = 20  # largest SamplingParams.logprobs; -1 (whole vocabulary) is always possible
@@ -152,7 +154,8 @@ class EngineConfig:
 
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         object.__setattr__(self, "kv_cache_dtype", _dtype_name(self.kv_cache_dtype))
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes",
+                     "steps_per_call"):  # fmt: skip
             value = getattr(self, name)
             check(name, value is None or (_is_int(value) and value > 0), "a positive integer or None")
         check("page_size", _is_int(self.page_size) and 8 <= self.page_size <= 256

@@ -154,7 +154,7 @@ class FakeRunner:
         self.buckets, self.vocab, self.columns = buckets, vocab, columns
         self.fail, self.poison = fail or {}, poison
         self.fail_resets = 0
-        self.steps = self.resets = self.max_flying = self.computed = self.chunks = self.failures = 0
+        self.steps = self.resets = self.max_flying = self.computed = self.chunks = self.failures = self.most_steps = 0
         self.kinds: set[tuple] = set()
         self.weights = 0
         self.reset()
@@ -217,11 +217,11 @@ class FakeRunner:
         rows, tokens = self._rows(inputs.kind, step)
         if self.poison in tokens:
             return None
+        if inputs.kind == "decode":
+            return self._decode(inputs, rows, tokens, step["counts"].tolist())
         hiddens = self._compute(rows, tokens)
         self.computed += len(hiddens)
-        if inputs.kind == "decode":
-            sampled = [(slot, start + 1, hiddens[i]) for i, (slot, start, _, _) in enumerate(rows)]
-        elif inputs.head_bucket is None:
+        if inputs.head_bucket is None:
             sampled = []
         else:
             head = unpack("head", inputs.head_bucket, inputs.head_packed)
@@ -231,6 +231,26 @@ class FakeRunner:
                 zip(head["slots"][:count].tolist(), head["positions"][:count].tolist(), [hiddens[i] for i in index])
             )
         return self._outputs(inputs, sampled, hiddens)
+
+    def _decode(self, inputs: StepInputs, rows, tokens: list[int], counts: list[int]) -> StepOutputs | None:
+        steps = inputs.bucket.steps
+        assert all(1 <= count <= steps for count in counts[: len(rows)]) and not any(counts[len(rows) :])
+        self.most_steps = max(self.most_steps, *counts)
+        drawn = np.full((len(rows), steps), -9, np.int32)
+        for number in range(steps):
+            active = [i for i, count in enumerate(counts[: len(rows)]) if number < count]
+            if not active:
+                break
+            own = [(rows[i][0], rows[i][1] + number, j, 1) for j, i in enumerate(active)]
+            if number:
+                tokens = [int(self.last_token[rows[i][0]]) for i in active]
+                if self.poison in tokens:
+                    return None
+            hiddens = self._compute(own, tokens)
+            self.computed += len(hiddens)
+            sampled = [(slot, start + 1, x) for (slot, start, _, _), x in zip(own, hiddens, strict=True)]
+            drawn[active, number] = self._outputs(inputs, sampled, hiddens).tokens[:, 0]
+        return StepOutputs(drawn)
 
     def _slot(self, slot: int) -> SimpleNamespace:
         found = self.slots[slot]
@@ -336,10 +356,7 @@ class FakeRunner:
                 for span in inputs.prompt_spans
                 if span.whole
             ]
-        count = np.ones(len(tokens), np.int32)
-        return StepOutputs(
-            np.array(tokens, np.int32)[:, None], count, **extra, prompt=prompt, prompt_vocab=tuple(spans)
-        )
+        return StepOutputs(np.array(tokens, np.int32)[:, None], **extra, prompt=prompt, prompt_vocab=tuple(spans))
 
     def _logprobs(self, hiddens, tokens) -> tuple[np.ndarray, ...]:
         """Of each token, its rank, and the best `TOP`; not more of them than tests look at are right."""
@@ -361,10 +378,12 @@ class FakeSink:
     def update(self, items):
         updates = []
         for key, ids in items:
-            entry, start = self.texts[key], len(self.texts[key][0])
-            entry[0] += "".join(letter(token) for token in ids)
-            stop = next((s for s in entry[1].stop if entry[0].endswith(s)), None)
-            updates.append(SimpleNamespace(text_delta=entry[0][start:], stop=stop, keep=len(ids)))
+            entry, start, keep, stop = self.texts[key], len(self.texts[key][0]), 0, None
+            while stop is None and keep < len(ids):
+                entry[0] += letter(ids[keep])
+                keep += 1
+                stop = next((s for s in entry[1].stop if entry[0].endswith(s)), None)
+            updates.append(SimpleNamespace(text_delta=entry[0][start:], stop=stop, keep=keep))
         return updates
 
     def close(self, key, ids):
@@ -381,18 +400,20 @@ def groups_of(windows: Sequence[int | None]) -> list[CacheGroup]:
 
 def make_engine(
     *, windows=(None,), pages=40, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, flights=1, vocab=16,
-    columns=64, block_q=4, fail=None, poison=None, **options,
+    columns=64, block_q=4, steps_per_call=1, fail=None, poison=None, **options,
 ) -> Engine:  # fmt: skip
     """An engine on a fake device. pages: of each group, or one number for all of them, the null page not counted."""
     counts = [pages] * len(windows) if isinstance(pages, int) else pages
     scheduler = Scheduler(
         groups_of(windows), [count + 1 for count in counts], page_size=page_size, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, max_model_len=columns * page_size, **options,
+        max_num_batched_tokens=max_num_batched_tokens, max_model_len=columns * page_size, steps_per_call=steps_per_call,
+        **options,
     )  # fmt: skip
     buckets = Buckets(
         rows=bucket_sizes(1, max_num_seqs, 8),
         tokens=bucket_sizes(min(4, max_num_batched_tokens), max_num_batched_tokens, 16),
         block_q=block_q, page_size=page_size, groups=len(windows), max_num_seqs=max_num_seqs,
+        steps=(1, steps_per_call),
     )  # fmt: skip
     runner = FakeRunner(scheduler, buckets, vocab, columns, fail, poison)
     return Engine(

@@ -169,14 +169,16 @@ class Engine:
         now = time.time()
         if outputs.prompt is not None:
             self._keep_prompt_logprobs(step, outputs)
-        assert outputs.tokens.shape[1] == 1
-        sampled = rows.slots[rows.samples]
+        sampled, counts = rows.slots[rows.samples], np.minimum(rows.count, rows.steps)[rows.samples]
         index = slots.live[sampled].nonzero()[0]  # what others drew after their end is dropped
-        drawn, tokens = sampled[index], outputs.tokens[:, 0][index]
-        slots.append(drawn, tokens, now)
-        self.generation_tokens += len(drawn)
+        drawn, tokens, counts = sampled[index], outputs.tokens[index], counts[index]
+        for i in (self._enders[tokens] > 0).any(axis=1).nonzero()[0].tolist():
+            counts[i] = _up_to_stop(slots.sequence[drawn[i]], tokens[i, : counts[i]].tolist())
+        slots.append(drawn, tokens, counts, now)
+        self.generation_tokens += int(counts.sum())
         self.scheduler.land(rows)
-        notable = (slots.attended | (slots.num_tokens >= slots.end))[drawn] | (self._enders[tokens] > 0)
+        last = tokens[np.arange(len(drawn)), counts - 1]
+        notable = (slots.attended | (slots.num_tokens >= slots.end))[drawn] | (self._enders[last] > 0)
         drawn, noted = drawn[notable], slots.sequence[drawn[notable]].tolist()
         slots.attended[drawn] = slots.followed[drawn]
         for sequence, i in zip(noted, index[notable].tolist(), strict=True):
@@ -184,7 +186,7 @@ class Engine:
             request.first_token_time, request.last_token_time = request.first_token_time or now, now
             if request.params.logprobs is not None:
                 _keep_logprobs(sequence, outputs, i)
-        self._apply_stops(noted, tokens[notable].tolist())
+        self._apply_stops(noted, last[notable].tolist())
         noted += self._end_scored(rows)
         for sequence in noted:
             if sequence.finished:
@@ -194,7 +196,7 @@ class Engine:
         self._torn, self._committing = False, ()
 
     def _apply_stops(self, drawn: list[Sequence], tokens: list[int]) -> None:
-        """Ends the sequences that drew a stop token or a stop string, or that have all their tokens."""
+        """Ends the sequences whose last token is a stop token, that have a stop string, or all their tokens."""
         stops = {
             sequence: token if _stops(sequence, token) else None for sequence, token in zip(drawn, tokens, strict=True)
         }
@@ -409,6 +411,14 @@ class Engine:
 
 def _stops(sequence: Sequence, token: int) -> bool:
     return token in sequence.request.stop_token_ids and sequence.num_output >= sequence.params.min_tokens
+
+
+def _up_to_stop(sequence: Sequence, tokens: list[int]) -> int:
+    """How many of its next tokens count: those up to the first that stops it."""
+    for count, token in enumerate(tokens, 1):
+        if token in sequence.request.stop_token_ids and sequence.num_output + count >= sequence.params.min_tokens:
+            return count
+    return len(tokens)
 
 
 def _keep_logprobs(sequence: Sequence, outputs: StepOutputs, i: int) -> None:

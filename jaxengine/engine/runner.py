@@ -78,8 +78,9 @@ class Flight:
     def result(self) -> StepOutputs:
         """Waits for the device. Raises what the device raised."""
         host: dict[str, Any] = jax.tree.map(np.asarray, dict(self._arrays))
-        tokens = host.pop("tokens", np.zeros(0, np.int32))[:, None]
-        return StepOutputs(tokens, np.ones(len(tokens), np.int32), **host, prompt_vocab=self._prompt_vocab)
+        tokens = host.pop("tokens", np.zeros(0, np.int32))
+        tokens = tokens if tokens.ndim == 2 else tokens[:, None]
+        return StepOutputs(tokens, **host, prompt_vocab=self._prompt_vocab)
 
 
 class Runner:
@@ -284,21 +285,28 @@ class Runner:
         return jitted.lower(*self._arguments(name, key))
 
     def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, packed):
-        """One new token for each row, head and sampler included."""
+        """`bucket.steps` new tokens for each row [rows, steps], head and sampler included."""
         step = unpack("decode", bucket, packed)
         tables = _update_tables(tables, step["page_updates"])
-        lengths, slots = step["lengths"], step["slots"]
-        positions = jnp.maximum(lengths - 1, 0)
-        tokens = jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
-        row_tables = tuple(table[slots] for table in tables)
-        page, offset = self._places(row_tables, jnp.where(lengths > 0, jnp.arange(bucket.rows), -1), positions)
-        inputs = AttentionInputs(positions, page, offset, row_tables, lengths, None, None, None, None,
-                                 self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
-        model = self.weights.module(leaves)
-        x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
-        fields = _sampling_fields(ints[slots], floats[slots], lengths)
-        drawn = sample(model.head(x), fields, mode, 0, self.logprobs_mode).tokens
-        return cache, last_token.at[slots].set(drawn), tables, drawn
+        slots = step["slots"]
+        row_tables, ints, floats = tuple(table[slots] for table in tables), ints[slots], floats[slots]
+
+        def next_tokens(carry, number):
+            cache, tokens = carry
+            lengths = jnp.where(number < step["counts"], step["lengths"] + number, 0)
+            positions = jnp.maximum(lengths - 1, 0)
+            page, offset = self._places(row_tables, jnp.where(lengths > 0, jnp.arange(bucket.rows), -1), positions)
+            inputs = AttentionInputs(positions, page, offset, row_tables, lengths, None, None, None, None,
+                                     self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
+            model = self.weights.module(leaves)
+            x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
+            fields = _sampling_fields(ints, floats, lengths)
+            drawn = sample(model.head(x), fields, mode, 0, self.logprobs_mode).tokens
+            return (cache, drawn), drawn
+
+        start = cache, jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
+        (cache, last), drawn = jax.lax.scan(next_tokens, start, jnp.arange(bucket.steps))
+        return cache, last_token.at[slots].set(last), tables, drawn.T
 
     def _mixed(self, bucket, leaves, cache, last_token, tables, packed):
         """Rows of one token and chunks of prompts in one flat batch; the head comes in a program of its own."""
@@ -361,14 +369,16 @@ class Runner:
         if inputs.head_bucket is not None:
             programs.append(("head", (inputs.head_bucket, inputs.mode, inputs.whole_vocab)))
             if inputs.mode != "everything":
-                programs.append(("decode", (self.buckets.decode(inputs.head_bucket.rows), inputs.mode)))
+                buckets = (self.buckets.decode(inputs.head_bucket.rows, steps) for steps in self.buckets.steps)
+                programs += [("decode", (bucket, inputs.mode)) for bucket in buckets]
         return programs
 
     def _all_keys(self) -> list[tuple[str, tuple]]:
         """(name, static key) of every program."""
         keys: list[tuple[str, tuple]] = []
         for rows in self.buckets.rows:
-            keys += [("decode", (self.buckets.decode(rows), mode)) for mode in MODES[:2]]
+            for steps in self.buckets.steps:
+                keys += [("decode", (self.buckets.decode(rows, steps), mode)) for mode in MODES[:2]]
             modes = (*((mode, False) for mode in MODES), ("everything", True))
             keys += [("head", (self.buckets.head(rows), *mode)) for mode in modes]
         for tokens in self.buckets.tokens:
