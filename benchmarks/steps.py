@@ -38,7 +38,10 @@ class Work:
     def parse(cls, text: str) -> "Work":
         """`ROWSxCONTEXT`, `ROWSxCONTEXT*STEPS` or `ROWSxCONTEXT+PROMPTSxTOKENS`."""
         shape, _, steps = text.partition("*")
-        return cls(*(int(number) for part in shape.split("+") for number in part.split("x")), steps=int(steps or 1))
+        decode, _, prompts = shape.partition("+")
+        sizes = (tuple(map(int, part.split("x"))) for part in (decode, prompts or "0x0"))
+        (rows, context), (count, tokens) = sizes
+        return cls(rows, context, count, tokens, int(steps or 1))
 
     def floor_ms(self, shape: Shape, bandwidth: float, flops: float) -> float:
         """As `workloads.floor_seconds` has it: prompts at the rate of products, then weights and KV read once."""

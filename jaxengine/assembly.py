@@ -12,13 +12,13 @@ import jax
 from jaxengine.config import EngineConfig, ModelConfig, ParamRule
 from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
-from jaxengine.engine.runner import Runner
+from jaxengine.engine.runner import COMPILERS, Runner
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.errors import ConfigError
 from jaxengine.frontend import Frontend
 from jaxengine.kv_cache import cache_groups
 from jaxengine.live_weights import LiveWeights
-from jaxengine.memory import Sizes, plan_pages, temporary_bytes
+from jaxengine.memory import Sizes, compiling_bytes, plan_pages, temporary_bytes
 from jaxengine.progress import counting_bar
 from jaxengine.sharding import create_mesh
 from jaxengine.text import TextSink
@@ -92,7 +92,8 @@ def assemble(
     steps = config.steps_per_call or (SHORT_STEPS if short else 1)
     groups = cache_groups(checkpoint.config.windows, checkpoint.config.num_kv_heads, checkpoint.config.head_dim)
     temporary = temporary_bytes(checkpoint.config, sizes, config.max_logprobs, config.dtype, config.attention)
-    num_pages = plan_pages(config, checkpoint.config, groups, sizes, config.kv_cache_dtype, temporary, device)
+    reserved = temporary + COMPILERS * compiling_bytes(checkpoint.config, sizes, config.dtype)
+    num_pages = plan_pages(config, checkpoint.config, groups, sizes, config.kv_cache_dtype, reserved, device)
     buckets = Buckets(
         rows=bucket_sizes(min(defaults.smallest_rows, sizes.max_num_seqs), sizes.max_num_seqs, ROW_STEP),
         tokens=bucket_sizes(

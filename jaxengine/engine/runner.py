@@ -46,6 +46,7 @@ from jaxengine.step import (
 logger = logging.getLogger(__name__)
 PROMPT_CHUNK = 128  # prompt tokens whose logits exist at a time
 SLOT_BATCH = 8  # slots written by one call
+COMPILERS = 2  # programs compiled beside one another: each takes memory of the device, see memory.compiling_bytes
 CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
 
 
@@ -115,7 +116,7 @@ class Runner:
         self.vocab_size = model.vocab_size
         self._programs: dict[tuple, Any] = {}
         self._compiling: dict[tuple, Future] = {}
-        self._compiler = ThreadPoolExecutor(thread_name_prefix="jaxengine-compile")
+        self._compiler = ThreadPoolExecutor(COMPILERS, thread_name_prefix="jaxengine-compile")
         self.compilations = CompilationCounter()
         self.reset()
 
