@@ -80,7 +80,7 @@ class ParityReport:
         return pandas.DataFrame({name: getattr(self, name) for name in names})
 
     def plot(self, axis: Any = None) -> Any:
-        """Absolute differences by position, and the tolerance, on matplotlib's `axis` or a new one, which it returns."""
+        """Absolute differences by position, and the tolerance, on matplotlib's `axis` or a new one; returns it."""
         try:
             from matplotlib import pyplot
         except ImportError as error:

@@ -1,7 +1,7 @@
 """Rollouts for reinforcement learning over an LLM, by the contract that Tunix has for its rollout engines.
 
-The contract is that of `BaseRollout` in https://github.com/google/tunix, tunix/rl/rollout/base_rollout.py. Tunix itself is
-not needed; where it checks the type, `BaseRollout.register(Rollout)` says that this is one.
+The contract is that of `BaseRollout` in https://github.com/google/tunix, tunix/rl/rollout/base_rollout.py. Tunix itself
+is not needed; where it checks the type, `BaseRollout.register(Rollout)` says that this is one.
 """
 
 from collections.abc import Sequence
@@ -35,11 +35,12 @@ class RolloutConfig:
 class RolloutOutput:
     """Completions of a batch of prompts. Padding is `pad_id`, and 0 in `logprobs`."""
 
-    text: list[str]
+    text: list[str]  # empty ones of a model without a tokenizer
     tokens: np.ndarray  # int32 [batch, max_tokens_to_generate], padded on the right; the end token is kept
     left_padded_prompt_tokens: np.ndarray  # int32 [batch, length of the longest prompt, max_prompt_length at least]
     logprobs: np.ndarray  # float32 as `tokens`; of what distribution: EngineConfig.logprobs_mode
     lengths: np.ndarray  # int32 [batch]: tokens of each completion
+    prompt_lengths: np.ndarray  # int32 [batch]: of each prompt, without padding
     weight_versions: list[tuple[tuple[int, int], ...]]  # of each completion: (its first token, version) of each span
     logits: None = None  # of the contract; a step keeps none
 
@@ -52,12 +53,14 @@ class Rollout:
         self.llm = llm
         if not llm.model_config.eos_token_ids:
             raise ConfigError("the model has no eos_token_id: give one in the config")
+        pad = None if llm._tokenizer is None else llm._tokenizer.pad_token_id
+        self._pad = self.eos_id() if pad is None else pad
 
     def generate(self, prompts: Sequence[Any], rollout_config: Any, **sampling: Any) -> RolloutOutput:
         """A completion of each prompt, a text or token ids; a prompt that comes several times gets different ones.
 
-        rollout_config: RolloutConfig, or Tunix's. sampling: further fields of SamplingParams. Raises RequestError for bad
-        input, and what the engine raised for a request that it could not end.
+        rollout_config: RolloutConfig, or Tunix's. sampling: further fields of SamplingParams. Raises RequestError for
+        bad input, and what the engine raised for a request that it could not end.
         """
         seed = _seed_number(rollout_config.seed)
         ends = rollout_config.eos_tokens
@@ -71,7 +74,7 @@ class Rollout:
                 ignore_eos=ends is not None,
                 stop_token_ids=tuple(ends or ()),
                 logprobs=0,
-                **sampling,
+                **{"detokenize": self.llm._tokenizer is not None, **sampling},
             )
             for i in range(len(prompts))
         ]
@@ -82,18 +85,19 @@ class Rollout:
         completions = [output.outputs[0] for output in outputs]
         lengths = np.array([len(completion.token_ids) for completion in completions], np.int32)
         width, pad = rollout_config.max_tokens_to_generate, self.pad_id()
-        longest = max((len(output.prompt_token_ids) for output in outputs), default=0)
-        before = np.full((len(outputs), max(longest, rollout_config.max_prompt_length)), pad, np.int32)
+        prompt_lengths = np.array([len(output.prompt_token_ids) for output in outputs], np.int32)
+        before_width = max(prompt_lengths.max(initial=0), rollout_config.max_prompt_length)
+        before = np.full((len(outputs), before_width), pad, np.int32)
         tokens = np.full((len(outputs), width), pad, np.int32)
         logprobs = np.zeros((len(outputs), width), np.float32)
         for i, (output, completion) in enumerate(zip(outputs, completions, strict=True)):
             assert completion.logprobs is not None
-            before[i, before.shape[1] - len(output.prompt_token_ids) :] = output.prompt_token_ids
+            before[i, before_width - prompt_lengths[i] :] = output.prompt_token_ids
             tokens[i, : lengths[i]] = completion.token_ids
             logprobs[i, : lengths[i]] = completion.logprobs.logprobs
         return RolloutOutput(
             [completion.text for completion in completions], tokens, before, logprobs, lengths,
-            [tuple(completion.weight_versions) for completion in completions],
+            prompt_lengths, [tuple(completion.weight_versions) for completion in completions],
         )  # fmt: skip
 
     def get_per_token_logps(
@@ -101,8 +105,8 @@ class Rollout:
     ) -> jax.Array:
         """The model's log-probability of each completion token, float32 [batch, completion]; 0 where there is none.
 
-        prompt_tokens [batch, prompt], padded on the left. completion_tokens [batch, completion]: those count that the mask
-        has, a run from the left; without a mask those up to the first end token. Raises RequestError.
+        prompt_tokens [batch, prompt], padded on the left. completion_tokens [batch, completion]: those count that the
+        mask has, a run from the left; without a mask those up to the first end token. Raises RequestError.
         """
         prompts, completions = np.asarray(prompt_tokens), np.asarray(completion_tokens)
         lengths = _completion_lengths(completions, completion_mask, self.llm.model_config.eos_token_ids)
@@ -127,8 +131,7 @@ class Rollout:
 
     def pad_id(self) -> int:
         """The tokenizer's padding token, else its end token."""
-        tokenizer = self.llm.get_tokenizer()
-        return self.eos_id() if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return self._pad
 
     def eos_id(self) -> int:
         return self.llm.model_config.eos_token_ids[0]
