@@ -80,12 +80,12 @@ class ParityReport:
         return pandas.DataFrame({name: getattr(self, name) for name in names})
 
     def plot(self, axis: Any = None) -> Any:
-        """Absolute differences by position, and the tolerance, on matplotlib's `axis` or a new one; returns it."""
+        """Absolute differences by position, on matplotlib's `axis` or a new one, which it returns."""
         try:
             from matplotlib import pyplot
         except ImportError as error:
             raise ImportError("plot() needs matplotlib: pip install matplotlib") from error
-        axis = pyplot.subplots(figsize=(8, 3))[1] if axis is None else axis
+        axis = pyplot.subplots(figsize=(8, 3), layout="constrained")[1] if axis is None else axis
         smallest = np.finfo(np.float32).eps  # equal ones have a place on a logarithmic axis too
         shown = np.maximum(np.abs(self.difference), smallest)
         axis.scatter(self.position, shown, c=self.sequence, s=8, cmap="viridis")
