@@ -75,6 +75,7 @@ def step_inputs(runner: Any, work: Work, seed: int = 0) -> tuple[StepInputs, Ste
         return first, replace(first, slot_writes=())
     starts = np.cumsum([0, *counts])
     blocks = [(i, at) for i in range(work.rows, rows) for at in range(starts[i], starts[i + 1], buckets.block_q)]
+    blocks.sort(key=lambda block: starts[block[0]] - block[1])  # many keys first
     fields["token_row"][:] = fields["block_row"][:] = -1
     fields["positions"][:tokens] = np.concatenate([np.arange(n - c, n) for n, c in zip(lengths, counts)])
     fields["token_row"][:tokens] = np.repeat(np.arange(rows), counts)

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from jaxengine.errors import (
         WeightsDeletedError as WeightsDeletedError,
     )
+    from jaxengine.handoff.parity import ParityReport as ParityReport
+    from jaxengine.handoff.parity import parity_report as parity_report
     from jaxengine.llm import LLM as LLM
     from jaxengine.request import (
         BeamSearchParams as BeamSearchParams,
@@ -75,6 +77,7 @@ _HOME = {
         "ModelNotFoundError", "RequestError", "UnsupportedError", "UnsupportedModelError",
         "WeightsDeletedError",
     ),
+    "jaxengine.handoff.parity": ("ParityReport", "parity_report"),
     "jaxengine.llm": ("LLM",),
     "jaxengine.request": ("BeamSearchParams", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"),
 }  # fmt: skip

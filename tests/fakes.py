@@ -277,11 +277,12 @@ class FakeRunner:
                 assert step["positions"][first : first + n].tolist() == list(range(start, start + n))
                 if n > 1:
                     self.chunks += 1
-                    blocks += [(i, b) for b in range(first, first + n, size)]
+                    blocks += [(first - start - b, i, b) for b in range(first, first + n, size)]
             total = sum(n for *_, n in rows)
             assert (step["token_row"][total:] == -1).all()
             assert (step["block_row"][len(blocks) :] == -1).all()
-            assert list(zip(step["block_row"].tolist(), step["block_start"].tolist()))[: len(blocks)] == blocks
+            listed = list(zip(step["block_row"].tolist(), step["block_start"].tolist()))[: len(blocks)]
+            assert listed == [(i, b) for _, i, b in sorted(blocks)], "those that see many keys come first"
         tokens = step["tokens"].tolist()
         known = []
         for slot, _, first, n in rows:

@@ -46,7 +46,7 @@ TABLE: dict[str, set[str]] = {
     "evaluate": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer", "progress"},
     "serve": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
     "benchmark": EVERYBODY | {"request", "pallas_kernels", "weights", "sharding"},
-    "jaxengine": EVERYBODY | {"llm", "async_llm", "request"},
+    "jaxengine": EVERYBODY | {"llm", "async_llm", "request", "handoff"},
 }
 TABLE["cli"] = set(TABLE)
 

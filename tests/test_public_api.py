@@ -26,6 +26,7 @@ NAMES = {
     "MemoryPlanError",
     "ModelNotFoundError",
     "ParamRule",
+    "ParityReport",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
@@ -33,6 +34,7 @@ NAMES = {
     "UnsupportedModelError",
     "WeightsDeletedError",
     "__version__",
+    "parity_report",
 }
 
 
@@ -70,7 +72,15 @@ def test_one_version():
 
 
 @pytest.mark.parametrize(
-    "module", ["jaxengine", "jaxengine.llm", "jaxengine.async_llm", "jaxengine.config", "jaxengine.request"]
+    "module",
+    [
+        "jaxengine",
+        "jaxengine.llm",
+        "jaxengine.async_llm",
+        "jaxengine.config",
+        "jaxengine.request",
+        "jaxengine.handoff.parity",
+    ],
 )
 def test_docstring_examples(module, shipped_model):
     failed, _ = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)

@@ -15,12 +15,10 @@ from jaxengine import (
     ConfigError,
     EngineError,
     MemoryPlanError,
-    RequestError,
-    SamplingParams,
 )
 from jaxengine.engine import runner
 from tests.test_update_weights import CONFIGS, PROMPT, SMALL, check_spans, engine, live_bytes, sampling, slowed, weights
-from tests.tiny_llm import OPTIONS, check_integrity, model_folder, shared_llm
+from tests.tiny_llm import OPTIONS, check_integrity, model_folder
 
 
 def bytes_of(*trees):
@@ -166,59 +164,3 @@ def test_from_asyncio(programs):
     from tests.test_update_weights import logprobs_of
 
     np.testing.assert_allclose(asyncio.run(run())[0], logprobs_of("b", PROMPT), atol=1e-4)
-
-
-# -- logprobs
-
-
-def dense_logprobs(params, ids):
-    """Llama in plain NumPy, float64, without cache, pages or fused kernels: log-probabilities of ids[1:]."""
-    p = {path: np.asarray(x, np.float64) for path, x in params.items()}
-
-    def norm(x, scale):
-        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
-
-    def rotate(x):  # [tokens, heads, 16]
-        angle = np.arange(len(ids))[:, None] * 10000.0 ** (-np.arange(8) / 8)
-        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        return np.concatenate([x[..., :8] * cos - x[..., 8:] * sin, x[..., 8:] * cos + x[..., :8] * sin], -1)
-
-    x = p["embed_tokens.embedding"][np.array(ids)]
-    for i in range(2):
-        at = f"layers.{i}"
-        y = norm(x, p[f"{at}.input_layernorm.scale"])
-        q, k, v = ((y @ p[f"{at}.self_attn.{n}_proj.kernel"]).reshape(len(ids), -1, 16) for n in "qkv")
-        q, k, v = rotate(q), rotate(k).repeat(2, 1), v.repeat(2, 1)
-        scores = np.einsum("qhd,khd->hqk", q, k) / 4 + np.triu(np.full((len(ids),) * 2, -np.inf), 1)
-        shares = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed = np.einsum("hqk,khd->qhd", shares / shares.sum(-1, keepdims=True), v)
-        x = x + mixed.reshape(len(ids), -1) @ p[f"{at}.self_attn.o_proj.kernel"]
-        y = norm(x, p[f"{at}.post_attention_layernorm.scale"])
-        gate = y @ p[f"{at}.mlp.gate_proj.kernel"]
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ p[f"{at}.mlp.up_proj.kernel"])) @ p[f"{at}.mlp.down_proj.kernel"]
-    logits = norm(x, p["norm.scale"]) @ p["lm_head.kernel"]
-    logits -= np.logaddexp.reduce(logits, axis=-1, keepdims=True)
-    return logits[np.arange(len(ids) - 1), ids[1:]]
-
-
-def test_logprobs_are_those_of_a_dense_forward():
-    llm, random = shared_llm(), np.random.default_rng(0)
-    sequences = [random.integers(3, 600, n).tolist() for n in (2, 9, 33, 120, 256)]
-    sequences.append(sequences[2])  # what lies in the prefix cache is computed again
-    found = llm.logprobs(sequences)
-    assert [len(x) for x in found] == [len(ids) - 1 for ids in sequences]
-    for ids, got in zip(sequences, found, strict=True):
-        assert got.dtype == np.float32
-        np.testing.assert_allclose(got, dense_logprobs(weights("a"), ids), atol=1e-4)
-    with pytest.raises(RequestError, match="a prompt of one token"):
-        llm.logprobs([[5, 6], [5]])
-    check_integrity(llm)
-
-
-def test_logprobs_agree_with_those_of_sampling():
-    llm = shared_llm()
-    params = SamplingParams(temperature=1, max_tokens=30, logprobs=0, ignore_eos=True)
-    outputs = llm.generate([PROMPT, PROMPT[:3]], params, use_tqdm=False)
-    again = llm.logprobs([[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs])
-    for output, found in zip(outputs, again, strict=True):
-        np.testing.assert_allclose(found[-30:], output.outputs[0].logprobs.logprobs, atol=1e-4)

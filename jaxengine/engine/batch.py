@@ -105,6 +105,9 @@ def _pack_mixed(rows: Rows, table: SlotTable, bucket: Bucket, buckets: Buckets) 
     fields["q_start"][:count], fields["q_len"][:count] = end - rows.count, rows.count
     blocks = np.where(rows.count > 1, -(-rows.count // buckets.block_q), 0)
     number, row = spread(np.zeros(count, int), blocks)
+    # From those that see many keys to those that see few, as paged_extend likes it.
+    order = np.argsort(-(rows.start[row] + number * buckets.block_q), kind="stable")
+    number, row = number[order], row[order]
     fields["block_row"][: len(row)] = row
     fields["block_start"][: len(row)] = (end - rows.count)[row] + number * buckets.block_q
     fields["logit_index"][: np.count_nonzero(rows.samples)] = end[rows.samples] - 1
