@@ -3,8 +3,8 @@
     python -m benchmarks.harness --model SmolLM2-135M-Instruct.Q4_1.gguf --data FOLDER --reference-python PYTHON
 
 FOLDER holds hellaswag.jsonl (ctx, endings, label) and gsm8k.jsonl (question, answer); PYTHON has torch, transformers
-and lm_eval. Both sides run in float32 on all cores; they take turns, once for each batch size of `hf`. Loading the model
-and the first rows, which compile the programs, are not timed.
+and lm_eval. Both sides run in float32 on all cores; they take turns, once for each batch size of `hf`. Loading the
+model and the first rows, which compile the programs, are not timed.
 """
 
 import argparse
