@@ -31,7 +31,7 @@ class NoDevice:
     """Draws the same token for every row, at once."""
 
     def __init__(self, rows: int):
-        self._outputs = StepOutputs(np.full((rows, 1), TOKEN, np.int32), np.ones(rows, np.int32))
+        self._outputs = StepOutputs(np.full((rows, 1), TOKEN, np.int32))
 
     def submit(self, inputs: StepInputs) -> "NoDevice":
         return self

@@ -31,8 +31,9 @@ def recorded(runner: Any) -> Iterator[list[StepInputs]]:
 def queued_seconds(runner: Any, steps: list[StepInputs], samples: int = 6, repeats: int = 100) -> float:
     """What these steps take together when the host is far ahead.
 
-    Of each program some steps, evenly spaced, are timed by queueing the same inputs `repeats` times; those between are
-    interpolated, as their contexts lie between. Overwrites the cache's content: nobody may wait for tokens.
+    Of each program some steps, evenly spaced, are timed by queueing the same inputs `repeats` times, or as often as
+    fits in a second; those between are interpolated, as their contexts lie between. Overwrites the cache's content:
+    nobody may wait for tokens.
     """
     of_program: dict[tuple, list[int]] = defaultdict(list)
     for i, inputs in enumerate(steps):
@@ -47,7 +48,9 @@ def queued_seconds(runner: Any, steps: list[StepInputs], samples: int = 6, repea
 
 def _queued(runner: Any, inputs: StepInputs, repeats: int) -> float:
     inputs = replace(inputs, slot_writes=(), logit_writes=(), mask_writes=())
+    begin = perf_counter()
     runner.submit(inputs).result()
+    repeats = max(1, min(repeats, int(1 / (perf_counter() - begin))))
     begin = perf_counter()
     [runner.submit(inputs) for _ in range(repeats)][-1].result()
     return (perf_counter() - begin) / repeats

@@ -1,6 +1,6 @@
 """Random bfloat16 weights of a real model's shape, many requests through `LLM.generate`, beside the hardware's limit.
 
-    python -m benchmarks.offline --model llama8b --workloads bs1,bs64,fixed256,nano,decode --idle
+    python -m benchmarks.offline --model llama8b --workloads bs1,bs64,fixed256,nano,decode --idle decode
 
 The limit is computed from the read bandwidth and the rate of matrix products measured in the same run.
 """
@@ -25,8 +25,9 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--steps-in-flight", type=int, default=1)
+    parser.add_argument("--steps-per-call", type=int)
     parser.add_argument("--peer", action="append", default=[], help="command of another engine's script, run first")
-    parser.add_argument("--idle", action="store_true", help="also how long the device had nothing to do")
+    parser.add_argument("--idle", default="", help="workloads of which also: how long the device had nothing to do")
     args = parser.parse_args()
 
     for command in args.peer:  # before jax takes the memory
@@ -37,7 +38,8 @@ def main() -> None:
 
     workloads, shape = args.workloads.split(","), SHAPES[args.model]
     options = {
-        name: getattr(args, name) for name in ("dtype", "attention", "page_size", "max_num_seqs", "steps_in_flight")
+        name: getattr(args, name)
+        for name in ("dtype", "attention", "page_size", "max_num_seqs", "steps_in_flight", "steps_per_call")
     }
     options["enable_prefix_caching"] = False  # as in the figures that ours stand beside
     if args.max_num_batched_tokens is not None:
@@ -53,7 +55,7 @@ def main() -> None:
             prompts, lengths = requests(name, shape.vocab_size)
             floor = floor_seconds(shape, prompts, lengths, bandwidth, flops)
             result |= {"floor_seconds": floor, "share_of_floor": floor / result["seconds"]}
-            if args.idle:
+            if name in args.idle.split(","):
                 with recorded(llm._runner) as steps:
                     again = time_workload(llm, args.model, name, repeats=1, warmups=0)
                 result["idle"] = 1 - queued_seconds(llm._runner, steps) / again["seconds"]

@@ -2,9 +2,9 @@
 
     python -m benchmarks.steps --model llama1b --shapes 1x256,64x768,256x640+7x512 --profile 256x768
 
-`queued` is the device's time of a step when the host is far ahead, `ahead` that of a step when one more is queued
-behind it (as in the engine), `wait` when each is waited for, and `call` the host's time for submitting one. A profile
-runs without command buffers, so its sum is more than `queued`.
+`256x640*4` are four steps in one call. `queued` is the device's time of a step when the host is far ahead, `ahead`
+that of a step when one more call is queued behind its own (as in the engine), `wait` when each call is waited for,
+and `call` the host's time for submitting one. A profile runs without command buffers, so its sum is more than `queued`.
 """
 
 import argparse
@@ -26,17 +26,22 @@ from jaxengine.step import SlotWrite, StepInputs, packed_size, unpack
 
 @dataclass(frozen=True)
 class Work:
-    """What a step computes: a token of each of `rows` sequences, and `prompts` whole prompts of `tokens` each."""
+    """What a call computes: `steps` tokens of each of `rows` sequences, or one and `prompts` prompts of `tokens`."""
 
     rows: int
     context: int  # tokens of each of `rows`, the new one included
     prompts: int = 0
     tokens: int = 0
+    steps: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Work":
-        """`ROWSxCONTEXT` or `ROWSxCONTEXT+PROMPTSxTOKENS`."""
-        return cls(*(int(number) for part in text.split("+") for number in part.split("x")))
+        """`ROWSxCONTEXT`, `ROWSxCONTEXT*STEPS` or `ROWSxCONTEXT+PROMPTSxTOKENS`."""
+        shape, _, steps = text.partition("*")
+        decode, _, prompts = shape.partition("+")
+        sizes = (tuple(map(int, part.split("x"))) for part in (decode, prompts or "0x0"))
+        (rows, context), (count, tokens) = sizes
+        return cls(rows, context, count, tokens, int(steps or 1))
 
     def floor_ms(self, shape: Shape, bandwidth: float, flops: float) -> float:
         """As `workloads.floor_seconds` has it: prompts at the rate of products, then weights and KV read once."""
@@ -52,23 +57,25 @@ def step_inputs(runner: Any, work: Work, seed: int = 0) -> tuple[StepInputs, Ste
         [1] * work.rows + [work.tokens] * work.prompts,
         [work.context] * work.rows + [work.tokens] * work.prompts,
     )
-    columns = [-(-length // runner.config.page_size) for length in lengths]
+    columns = [-(-(length + work.steps - 1) // runner.config.page_size) for length in lengths]
     pages = np.resize(rng.permutation(min(runner.num_pages) - 1) + 1, sum(columns))
     tables = [table.tolist() for table in np.split(pages, np.cumsum(columns)[:-1])]
     writes = [SlotWrite(i, (0,) * 5, (0, 1, 0, 0, 0, 1), [table] * buckets.groups) for i, table in enumerate(tables)]
     rows, tokens = len(counts), sum(counts)
     kind: Any = "mixed" if work.prompts else "decode"
-    bucket = buckets.mixed(tokens) if work.prompts else buckets.decode(rows)
+    bucket = buckets.mixed(tokens) if work.prompts else buckets.decode(rows, work.steps)
     packed = np.zeros(packed_size(kind, bucket), np.int32)
     fields = unpack(kind, bucket, packed)
     fields["slots"][:] = fields["page_updates"][:, :, 0] = buckets.max_num_seqs
     fields["slots"][:rows], fields["lengths"][:rows] = np.arange(rows), lengths
     fields["tokens"][:tokens] = rng.integers(2, runner.vocab_size, tokens)
     if not work.prompts:
+        fields["counts"][:rows] = work.steps
         first = StepInputs(kind, bucket, packed, "greedy", slot_writes=writes)
         return first, replace(first, slot_writes=())
     starts = np.cumsum([0, *counts])
     blocks = [(i, at) for i in range(work.rows, rows) for at in range(starts[i], starts[i + 1], buckets.block_q)]
+    blocks.sort(key=lambda block: starts[block[0]] - block[1])  # many keys first
     fields["token_row"][:] = fields["block_row"][:] = -1
     fields["positions"][:tokens] = np.concatenate([np.arange(n - c, n) for n, c in zip(lengths, counts)])
     fields["token_row"][:tokens] = np.repeat(np.arange(rows), counts)
@@ -84,31 +91,33 @@ def step_inputs(runner: Any, work: Work, seed: int = 0) -> tuple[StepInputs, Ste
     return first, replace(first, slot_writes=())
 
 
-def time_steps(runner: Any, work: Work, steps: int = 100) -> dict[str, float]:
-    """Milliseconds a step."""
+def time_steps(runner: Any, work: Work, calls: int = 100) -> dict[str, float]:
+    """Milliseconds a step; of `call`, a call."""
     first, inputs = step_inputs(runner, work)
     runner.submit(first).result()
     for _ in range(3):
         runner.submit(inputs).result()
     begin = time.perf_counter()
-    [runner.submit(inputs) for _ in range(steps)][-1].result()
-    queued = (time.perf_counter() - begin) / steps
-    calls, flight = [], runner.submit(inputs)
+    [runner.submit(inputs) for _ in range(calls)][-1].result()
+    queued = (time.perf_counter() - begin) / calls
+    call_seconds, flight = [], runner.submit(inputs)
     begin = time.perf_counter()
-    for _ in range(steps):
+    for _ in range(calls):
         called = time.perf_counter()
         ahead = runner.submit(inputs)
-        calls.append(time.perf_counter() - called)
+        call_seconds.append(time.perf_counter() - called)
         flight.result()
         flight = ahead
-    one_ahead = (time.perf_counter() - begin) / steps
+    one_ahead = (time.perf_counter() - begin) / calls
     flight.result()
     begin = time.perf_counter()
     for _ in range(20):
         runner.submit(inputs).result()
     waited = (time.perf_counter() - begin) / 20
-    seconds = {"queued": queued, "ahead": one_ahead, "wait": waited, "call": statistics.median(calls)}
-    return {name: value * 1e3 for name, value in seconds.items()}
+    seconds = {"queued": queued, "ahead": one_ahead, "wait": waited}
+    return {name: value * 1e3 / work.steps for name, value in seconds.items()} | {
+        "call": statistics.median(call_seconds) * 1e3
+    }
 
 
 def profile_step(runner: Any, work: Work, steps: int = 10) -> list[tuple[str, float, float]]:
@@ -141,9 +150,7 @@ def profile_step(runner: Any, work: Work, steps: int = 10) -> list[tuple[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama8b", choices=SHAPES)
-    parser.add_argument(
-        "--shapes", default="1x256,64x768,256x768", help="ROWSxCONTEXT[+PROMPTSxTOKENS], several with commas"
-    )
+    parser.add_argument("--shapes", default="1x256,64x768,256x768", help="see Work.parse; several with commas")
     parser.add_argument("--profile", default="", help="shapes of which each kernel is listed")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--max-model-len", type=int, default=2048)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxengine.async_llm import AsyncLLM as AsyncLLM
     from jaxengine.config import EngineConfig as EngineConfig
+    from jaxengine.config import ParamRule as ParamRule
     from jaxengine.errors import (
         CheckpointError as CheckpointError,
     )
@@ -43,6 +44,11 @@ if TYPE_CHECKING:
     from jaxengine.errors import (
         UnsupportedModelError as UnsupportedModelError,
     )
+    from jaxengine.errors import (
+        WeightsDeletedError as WeightsDeletedError,
+    )
+    from jaxengine.handoff.parity import ParityReport as ParityReport
+    from jaxengine.handoff.parity import parity_report as parity_report
     from jaxengine.llm import LLM as LLM
     from jaxengine.request import (
         BeamSearchParams as BeamSearchParams,
@@ -65,11 +71,13 @@ __version__ = "0.1.0"
 # Imported when first used: `import jaxengine` is instant, and a script can still set up jax.
 _HOME = {
     "jaxengine.async_llm": ("AsyncLLM",),
-    "jaxengine.config": ("EngineConfig",),
+    "jaxengine.config": ("EngineConfig", "ParamRule"),
     "jaxengine.errors": (
         "CheckpointError", "ConfigError", "EngineClosedError", "EngineError", "JaxEngineError", "MemoryPlanError",
         "ModelNotFoundError", "RequestError", "UnsupportedError", "UnsupportedModelError",
+        "WeightsDeletedError",
     ),
+    "jaxengine.handoff.parity": ("ParityReport", "parity_report"),
     "jaxengine.llm": ("LLM",),
     "jaxengine.request": ("BeamSearchParams", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"),
 }  # fmt: skip

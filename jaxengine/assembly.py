@@ -9,22 +9,23 @@ from typing import Any
 
 import jax
 
-from jaxengine.config import EngineConfig, ModelConfig
+from jaxengine.config import EngineConfig, ModelConfig, ParamRule
 from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
-from jaxengine.engine.runner import Runner
+from jaxengine.engine.runner import COMPILERS, Runner
 from jaxengine.engine.scheduler import Scheduler
-from jaxengine.errors import ConfigError, MemoryPlanError
+from jaxengine.errors import ConfigError
 from jaxengine.frontend import Frontend
 from jaxengine.kv_cache import cache_groups
-from jaxengine.memory import Sizes, plan_pages, temporary_bytes
-from jaxengine.models import prepare
+from jaxengine.live_weights import LiveWeights
+from jaxengine.memory import Sizes, compiling_bytes, plan_pages, temporary_bytes
 from jaxengine.progress import counting_bar
 from jaxengine.sharding import create_mesh
 from jaxengine.text import TextSink
 from jaxengine.tokenizer import Tokenizer
-from jaxengine.weights import Checkpoint, checkpoint_in_memory, load_params, open_checkpoint
+from jaxengine.weights import Checkpoint, checkpoint_in_memory, open_checkpoint
 from jaxengine.weights.hub import locate
+from jaxengine.weights.prepared import Prepared, load_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class PlatformDefaults:
     attention: str
 
 
+# On a GPU a step of a model with fewer bytes takes about as long as submitting it: see benchmarks/README.md.
+SHORT_STEP_BYTES, SHORT_STEPS = 4e9, 4
 # Of buckets, beyond which they are multiples: padding against programs to compile, see benchmarks/README.md.
 ROW_STEP, TOKEN_STEP = 32, 512
 PLATFORMS = {
@@ -59,33 +62,38 @@ class Parts:
     frontend: Frontend
     runner: Runner
     engine: Engine
+    weights: LiveWeights
 
 
 def assemble(
     *,
     model: Any,
-    model_config: Any,
     tokenizer: str | os.PathLike | None,
     config: EngineConfig,
+    model_config: Any,
+    param_mapping: Mapping[str, ParamRule] | None,
     **source: Any,
 ) -> Parts:
     """`source` goes to weights.open_checkpoint, where `model` is no tree of parameters. Raises what LLM says."""
     _set_compilation_cache(config.compilation_cache)
-    borrowed = not isinstance(model, str | os.PathLike)
-    checkpoint = checkpoint_in_memory(model, model_config) if borrowed else open_checkpoint(model, **source)
+    named = isinstance(model, str | os.PathLike)
+    checkpoint = open_checkpoint(model, **source) if named else checkpoint_in_memory(model, model_config, param_mapping)
     mesh = config.mesh or create_mesh()
     device = mesh.devices.flat[0]
     if device.platform not in PLATFORMS:
         raise ConfigError(f"{device.platform=} is not one of {sorted(PLATFORMS)}")
     defaults = PLATFORMS[device.platform]
-    config = _resolve(config, checkpoint.config, defaults, device, borrowed)
+    config = _resolve(config, checkpoint, defaults, device)
     assert config.max_model_len and config.max_num_seqs and config.max_num_batched_tokens
     sizes = Sizes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.page_size)
     words = _load_tokenizer(tokenizer, checkpoint, source.get("download_dir"))
-    params = _load_weights(checkpoint, config, mesh)
+    params, borrowed = _load_weights(checkpoint, config, mesh)
+    short = device.platform == "gpu" and sum(p.nbytes for p in params.values()) < SHORT_STEP_BYTES
+    steps = config.steps_per_call or (SHORT_STEPS if short else 1)
     groups = cache_groups(checkpoint.config.windows, checkpoint.config.num_kv_heads, checkpoint.config.head_dim)
     temporary = temporary_bytes(checkpoint.config, sizes, config.max_logprobs, config.dtype, config.attention)
-    num_pages = plan_pages(config, checkpoint.config, groups, sizes, config.kv_cache_dtype, temporary, device)
+    reserved = temporary + COMPILERS * compiling_bytes(checkpoint.config, sizes, config.dtype)
+    num_pages = plan_pages(config, checkpoint.config, groups, sizes, config.kv_cache_dtype, reserved, device)
     buckets = Buckets(
         rows=bucket_sizes(min(defaults.smallest_rows, sizes.max_num_seqs), sizes.max_num_seqs, ROW_STEP),
         tokens=bucket_sizes(
@@ -95,6 +103,7 @@ def assemble(
         page_size=sizes.page_size,
         groups=len(groups),
         max_num_seqs=sizes.max_num_seqs,
+        steps=(1, steps) if steps > 1 else (1,),
     )
     runner = Runner(
         config, checkpoint.config, params, groups=groups, num_pages=num_pages, buckets=buckets,
@@ -105,6 +114,7 @@ def assemble(
         groups, num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens, max_model_len=sizes.max_model_len,
         enable_prefix_caching=config.enable_prefix_caching, priority_aging_steps=config.priority_aging_steps,
+        steps_per_call=steps,
     )  # fmt: skip
     frontend = Frontend(
         words, vocab_size=checkpoint.config.vocab_size, max_model_len=sizes.max_model_len,
@@ -122,13 +132,15 @@ def assemble(
     if config.warmup:
         with counting_bar("Compiling") as progress:
             runner.warmup(progress)
-    return Parts(config, checkpoint.config, words, checkpoint.sampling_defaults, frontend, runner, engine)
+    weights = LiveWeights(config, checkpoint.config, mesh, param_mapping, runner)
+    return Parts(config, checkpoint.config, words, checkpoint.sampling_defaults, frontend, runner, engine, weights)
 
 
 def _resolve(
-    config: EngineConfig, model: ModelConfig, defaults: PlatformDefaults, device: jax.Device, borrowed: bool
+    config: EngineConfig, checkpoint: Checkpoint, defaults: PlatformDefaults, device: jax.Device
 ) -> EngineConfig:
     """The same config with every None and "auto" decided. Raises ConfigError."""
+    model, in_memory = checkpoint.config, checkpoint.format == "memory"
     longest = model.max_position_embeddings
     length = config.max_model_len or longest
     if length > longest:
@@ -146,19 +158,20 @@ def _resolve(
     dtype = config.dtype
     if dtype == "auto":
         wide = model.dtype if model.dtype in ("float16", "bfloat16") else "bfloat16"
-        dtype = model.dtype if borrowed else "float32" if device.platform == "cpu" else wide
+        dtype = model.dtype if in_memory else "float32" if device.platform == "cpu" else wide
+    fuse = not in_memory if config.fuse_weights is None else config.fuse_weights
     attention = defaults.attention if config.attention == "auto" else config.attention
     if attention == "triton" and device.platform != "gpu":
         raise ConfigError(f"attention='triton' needs an NVIDIA GPU, this is a {device.platform}; use 'auto' or 'xla'")
     cache_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     logger.info(
-        "%s on %s: dtype=%s kv_cache_dtype=%s attention=%s max_model_len=%d max_num_seqs=%d max_num_batched_tokens=%d",
-        model.model_type, device, dtype, cache_dtype, attention, length, rows, tokens,
+        "%s on %s: dtype=%s kv_cache_dtype=%s attention=%s fuse_weights=%s max_model_len=%d max_num_seqs=%d "
+        "max_num_batched_tokens=%d",
+        model.model_type, device, dtype, cache_dtype, attention, fuse, length, rows, tokens,
     )  # fmt: skip
     return replace(
         config, max_model_len=length, max_num_seqs=rows, max_num_batched_tokens=tokens, dtype=dtype,
-        kv_cache_dtype=cache_dtype, attention=attention,
-        fuse_weights=not borrowed if config.fuse_weights is None else config.fuse_weights,
+        kv_cache_dtype=cache_dtype, attention=attention, fuse_weights=fuse,
     )  # fmt: skip
 
 
@@ -171,22 +184,10 @@ def _load_tokenizer(
     return None if checkpoint.tokenizer_source is None else Tokenizer.load(checkpoint.tokenizer_source)
 
 
-def _load_weights(checkpoint: Checkpoint, config: EngineConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """Parameters as the step runs them. Raises MemoryPlanError when they do not fit."""
-    try:
-        with counting_bar("Loading weights", show=logger.isEnabledFor(logging.INFO)) as progress:
-            params = load_params(checkpoint, config.dtype, mesh, seed=config.seed, on_tensor=progress)
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        # What prepare no longer needs is free only when it is done, and the plan counts what is free.
-        fuse = bool(config.fuse_weights)
-        return jax.block_until_ready(prepare(checkpoint.config, params, fuse, transpose=on_cpu))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise MemoryPlanError(
-            f"the weights do not fit into the device's memory ({error}); close() an engine that is no longer used, or "
-            "give jax more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)"
-        ) from error
+def _load_weights(checkpoint: Checkpoint, config: EngineConfig, mesh: jax.sharding.Mesh) -> Prepared:
+    remedy = "close() an engine that is no longer used, or give jax more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)"
+    with counting_bar("Loading weights", show=logger.isEnabledFor(logging.INFO)) as progress:
+        return load_prepared(checkpoint, config, mesh, progress, remedy)
 
 
 def _set_compilation_cache(choice: bool | str | Path) -> None:

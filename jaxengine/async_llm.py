@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
-from jaxengine.errors import EngineError
+from jaxengine.errors import EngineError, WeightsDeletedError
 from jaxengine.llm import LLM
-from jaxengine.request import RequestOutput, SamplingParams
+from jaxengine.request import RequestOutput, SamplingParams, WeightUpdate
 from jaxengine.tokenizer import Tokenizer
 
 
@@ -38,7 +38,8 @@ class AsyncLLM:
         """Outputs of one request as they grow: cumulative, deltas or the final one (SamplingParams.output_kind).
 
         prompt: a text, a list of token ids or a dict, as for LLM.generate. Leaving the iteration early, or cancelling
-        the task, ends the request. Raises RequestError for bad input, EngineError when the engine cannot go on.
+        the task, ends the request. Raises RequestError for bad input, EngineError when the engine cannot go on,
+        WeightsDeletedError when parameters that it borrowed are gone.
         """
         frontend = self._llm.frontend
         [parsed] = frontend.token_ids([prompt])
@@ -59,6 +60,8 @@ class AsyncLLM:
                 finished = output.finished
                 if isinstance(output.error, EngineError):
                     self._llm.raise_if_ended()
+                if isinstance(output.error, WeightsDeletedError):
+                    raise output.error
                 yield output
         finally:
             if not finished:
@@ -104,6 +107,22 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> None:
         """See LLM.reset_prefix_cache."""
         await asyncio.to_thread(self._llm.reset_prefix_cache)
+
+    async def update_weights(self, params: Any, version: int | None = None, **how: Any) -> WeightUpdate:
+        """See LLM.update_weights; requests are served meanwhile."""
+        return await asyncio.to_thread(self._llm.update_weights, params, version, **how)
+
+    async def sleep(self, level: int = 1) -> None:
+        """See LLM.sleep."""
+        await asyncio.to_thread(self._llm.sleep, level)
+
+    async def wake_up(self, params: Any = None, version: int | None = None) -> None:
+        """See LLM.wake_up."""
+        await asyncio.to_thread(self._llm.wake_up, params, version)
+
+    async def logprobs(self, token_ids: Any) -> list[Any]:
+        """See LLM.logprobs."""
+        return await asyncio.to_thread(self._llm.logprobs, token_ids)
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its iterator gives one more output, with finish_reason "abort"."""

@@ -1,6 +1,6 @@
 """ModelConfig (what the checkpoint says) and EngineConfig (what the user asks for): frozen, validated once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,37 @@ class ModelConfig:
                 raise ConfigError(f"{name} has {len(getattr(self, name))} entries for {self.num_layers=}")
 
 
+@dataclass(frozen=True)
+class ParamRule:
+    """What a parameter of a foreign trainer becomes: an entry of the table `LLM(..., param_mapping={pattern: rule})`.
+
+    `to` is the canonical path, with `\\1` for what the pattern's first group matched; with several paths the result is
+    split into so many equal shares of its last dimension, unless `hook` gives a sequence with one array for each. `()`
+    leaves the parameter out. The array is first transposed (these axes), then reshaped, then handed to `hook`, which
+    jax must be able to trace.
+
+    >>> ParamRule(r"layers.\\1.self_attn.o_proj.kernel", reshape=(-1, 64)).reshape  # from [heads, head_dim, hidden]
+    (-1, 64)
+    """
+
+    to: str | tuple[str, ...]
+    transpose: tuple[int, ...] | None = None
+    reshape: tuple[int, ...] | None = None
+    hook: Callable[[Any], Any] | None = None
+
+    def __post_init__(self):
+        for name in ("transpose", "reshape"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, tuple) and all(_is_int(i) for i in value)):
+                raise ConfigError(f"ParamRule {name}={value!r} must be a tuple of integers or None")
+        if not all(isinstance(path, str) for path in self.paths):
+            raise ConfigError(f"ParamRule to={self.to!r} must be a canonical path, or a tuple of them")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.to,) if isinstance(self.to, str) else tuple(self.to)
+
+
 DTYPES = {"half": "float16", "float": "float32", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 
 
@@ -88,7 +119,8 @@ class EngineConfig:
 
     # Rope scalings of type dynamic and longrope take their frequencies from it, not from each text's length.
     max_model_len: int | None = None  # prompt and output together; None: what the model was made for
-    dtype: str = "auto"  # of weights and activations; auto: bfloat16 on GPU (float16 stays), float32 on CPU
+    # Of weights and activations. auto: bfloat16 on GPU (float16 stays), float32 on CPU; that of parameters in memory.
+    dtype: str = "auto"
     quantization: str | None = None
     kv_cache_dtype: str = "auto"  # auto: as dtype
     page_size: int = 16
@@ -97,13 +129,16 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_num_seqs: int | None = None  # rows in one step
     max_num_batched_tokens: int | None = None  # tokens in one step
-    steps_in_flight: int = 1  # steps that run on the device while the host schedules the next: 0, 1 or 2
+    steps_in_flight: int = 1  # calls that run on the device while the host schedules the next: 0, 1 or 2
+    # Tokens that a call draws of each sequence when nobody waits to be admitted; what comes after a stop is dropped.
+    steps_per_call: int | None = None  # None: 4 where submitting a step takes as long as the step, else 1
     priority_aging_steps: int = 256  # steps of waiting that outweigh one unit of priority
     attention: str = "auto"  # auto | reference | xla | triton
     max_logprobs: int = 20  # largest SamplingParams.logprobs; -1 (whole vocabulary) is always possible
     logprobs_mode: str = "raw"  # raw: the model's distribution; processed: the one the token was drawn from
-    # One product for q, k, v and one for gate, up: a second copy of parameters that are in memory already, and faster.
-    fuse_weights: bool | None = None  # None: for weights that the engine loads, not for those that it is handed
+    # True: the engine's own copy, with one product for q, k, v and one for gate, up. False: the canonical arrays
+    # themselves; a trainer's are then borrowed, not copied. None: False for parameters in memory, True for files.
+    fuse_weights: bool | None = None
     seed: int = 0  # of requests that name none, and of dummy weights
     compilation_cache: bool | str | Path = True  # False: none; a path: there; True: jax's setting or a default folder
     enforce_eager: bool = False  # compile each program when it is first needed; contradicts warmup=True
@@ -119,7 +154,8 @@ class EngineConfig:
 
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         object.__setattr__(self, "kv_cache_dtype", _dtype_name(self.kv_cache_dtype))
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes",
+                     "steps_per_call"):  # fmt: skip
             value = getattr(self, name)
             check(name, value is None or (_is_int(value) and value > 0), "a positive integer or None")
         check("page_size", _is_int(self.page_size) and 8 <= self.page_size <= 256
@@ -129,6 +165,7 @@ class EngineConfig:
         check("priority_aging_steps", _is_int(self.priority_aging_steps) and self.priority_aging_steps > 0, "positive")
         check("attention", self.attention in ("auto", "reference", "xla", "triton"), "auto, reference, xla or triton")
         check("max_logprobs", _is_int(self.max_logprobs) and self.max_logprobs >= 0, "0 or more")
+        check("fuse_weights", self.fuse_weights in (None, False, True), "None, False or True")
         check("logprobs_mode", self.logprobs_mode in ("raw", "processed"), "raw or processed")
         check(
             "warmup", not (self.warmup and self.enforce_eager), "False when enforce_eager=True asks for lazy compiling"

@@ -9,7 +9,8 @@
     ├── UnsupportedError (NotImplementedError)   a feature that is named on the surface but not built yet
     ├── MemoryPlanError (MemoryError)        too little memory for the weights or for one page
     └── EngineError (RuntimeError)           the device failed, or the engine cannot go on
-        └── EngineClosedError                the engine was closed
+        ├── EngineClosedError                the engine was closed
+        └── WeightsDeletedError              parameters that the engine borrowed are gone; update_weights brings others
 
 Messages carry the value that was refused and, where there is one, the remedy.
 """
@@ -53,3 +54,7 @@ class EngineError(JaxEngineError, RuntimeError):
 
 class EngineClosedError(EngineError):
     """The engine was closed."""
+
+
+class WeightsDeletedError(EngineError):
+    """Parameters that the engine borrowed are gone: their owner donated or deleted them."""

@@ -185,6 +185,7 @@ class Reporter:
         asked = sequence.params.logprobs is not None
         ids = sequence.output(tokens)
         rows = sequence.logprobs[tokens:] if tokens else sequence.logprobs
+        versions = _spans(sequence.weight_versions, tokens, sequence.num_output)
         return CompletionOutput(
             index=sequence.index,
             text=sequence.text[characters:],
@@ -193,7 +194,15 @@ class Reporter:
             logprobs=Logprobs(ids, rows, decode=self._decode) if asked else None,
             finish_reason=sequence.finish_reason,  # type: ignore[arg-type]
             stop_reason=sequence.stop_reason,
+            weight_version=versions[-1][1] if versions else 0,
+            weight_versions=versions,
         )
+
+
+def _spans(spans: Sequence[tuple[int, int]], start: int, end: int) -> tuple[tuple[int, int], ...]:
+    """Those that tokens `start` to `end` lie in, counted from `start`; without tokens the last one before them."""
+    past = [(0, version) for first, version in spans if first <= start][-1:]
+    return (*past, *((first - start, version) for first, version in spans if start < first < end))
 
 
 def _parse(prompt: Any) -> dict[str, Any]:

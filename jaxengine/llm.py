@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from jaxengine.beam_search import BeamSearchOutput, beam_search
-from jaxengine.config import EngineConfig, ModelConfig, engine_option_names
+from jaxengine.config import EngineConfig, ModelConfig, ParamRule, engine_option_names
 from jaxengine.engine.loop import EngineLoop
-from jaxengine.errors import ConfigError, EngineError, RequestError, UnsupportedError
+from jaxengine.errors import ConfigError, EngineError, RequestError, UnsupportedError, WeightsDeletedError
 from jaxengine.evaluate.batch import BatchSummary, run_batch
 from jaxengine.frontend import Frontend, is_token_ids
 from jaxengine.progress import progress_bar
-from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams
+from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams, WeightUpdate
 from jaxengine.scoring import Score, encode_pairs, score_pairs, score_rolling
 from jaxengine.tokenizer import Tokenizer
 
@@ -41,6 +41,7 @@ class LLM:
         model: Any = None,
         *,
         config: Any = None,
+        param_mapping: Mapping[str, ParamRule] | None = None,
         tokenizer: str | os.PathLike | None = None,
         revision: str | None = None,
         load_format: str = "auto",
@@ -55,8 +56,9 @@ class LLM:
 
         model: hub id, folder (HuggingFace or Orbax) or GGUF file; None: the small code model that ships with jaxengine.
         Or parameters in memory, see docs/trainer.md: an nnx.Module of ours, its state, or a tree of arrays by canonical
-        or by transformers' names; then `config` says what they are of: config.json's content, a transformers config,
-        or a ModelConfig.
+        or by transformers' names, any other with `param_mapping`, from patterns of dotted paths to ParamRule; they are
+        borrowed where dtype, layout and sharding fit, unless fuse_weights=True. config: what they are of, as
+        config.json's content, a transformers config, or a ModelConfig.
         tokenizer: hub id or folder of another tokenizer. load_format: auto, safetensors, gguf, orbax or dummy (seeded
         random weights). hf_overrides: replaces entries of the checkpoint's config. generation_config: "auto" takes
         sampling defaults and further end-of-sequence ids from the checkpoint, "off" does not. block_size: another name
@@ -73,8 +75,11 @@ class LLM:
         if generation_config not in ("auto", "off"):
             raise ConfigError(f"{generation_config=} must be 'auto' or 'off'")
         if model is None or isinstance(model, str | os.PathLike):
-            if config is not None:
-                raise ConfigError("config= is for parameters in memory; hf_overrides= changes what a checkpoint says")
+            if config is not None or param_mapping is not None:
+                raise ConfigError(
+                    "config= is for parameters in memory, and so is param_mapping=; hf_overrides= changes what a "
+                    "checkpoint says"
+                )
         elif config is None:
             raise ConfigError(
                 f"model of type {type(model).__name__}: parameters in memory need config=, which says what they are "
@@ -99,12 +104,13 @@ class LLM:
             model=SHIPPED_MODEL if model is None else model, tokenizer=tokenizer, revision=revision,
             load_format=load_format, download_dir=download_dir, hf_overrides=hf_overrides,
             use_generation_config=generation_config == "auto", config=engine_config, model_config=config,
+            param_mapping=param_mapping,
         )  # fmt: skip
         self.config: EngineConfig = parts.config
         self.model_config: ModelConfig = parts.model
         self._tokenizer, self._sampling_defaults = parts.tokenizer, parts.sampling_defaults
         self.frontend: Frontend = parts.frontend
-        self._runner = parts.runner
+        self._runner, self._weights = parts.runner, parts.weights
         self._loop = EngineLoop(parts.engine, on_exit=parts.runner.close)
         self._finalizer = weakref.finalize(self, self._loop.close)  # also when the interpreter ends
 
@@ -138,7 +144,8 @@ class LLM:
         stream: an iterator of outputs as they grow (see SamplingParams.output_kind), of all requests as they come;
         closing it ends them. use_tqdm: a progress bar, or a function that makes one.
 
-        Raises RequestError for bad input, EngineError when the engine cannot go on. A request on which the device
+        Raises RequestError for bad input, EngineError when the engine cannot go on, WeightsDeletedError when
+        parameters that it borrowed are gone (update_weights brings others). A request on which the device
         failed ends with finish_reason "error" and the error in `.error`.
         """
         single = isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0)
@@ -241,6 +248,24 @@ class LLM:
         """The sums of `score_rolling`."""
         return [score.logprob for score in self.score_rolling(texts, **how)]
 
+    def logprobs(self, token_ids: Any, *, use_tqdm: bool = False) -> list[Any]:
+        """Teacher-forced: what the model gives each token of these sequences but the first, all those before it given.
+
+        token_ids: several lists of token ids. Answers float32 [len - 1] for each. They run as one batch among whatever
+        else is served, and each is of one weight version. Raises RequestError, EngineError.
+
+        >>> with LLM() as llm:
+        ...     [found] = llm.logprobs([llm.encode("import os")])
+        >>> len(found) == len(llm.encode("import os")) - 1 and bool((found < 0).all())
+        True
+        """
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
+        outputs = self.generate([{"prompt_token_ids": ids} for ids in token_ids], params, use_tqdm=use_tqdm)
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+        return [output.prompt_logprobs.logprobs for output in outputs if output.prompt_logprobs is not None]
+
     def prefix_token(self) -> int:
         """What stands before a text that has nothing before it: BOS, or EOS. Raises RequestError when there is none."""
         tokenizer = self.get_tokenizer()
@@ -285,6 +310,47 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forgets what the prefix cache holds; running requests keep their pages."""
         self._loop.call(lambda engine: engine.reset_prefix_cache())
+
+    def update_weights(
+        self,
+        params: Any,
+        version: int | None = None,
+        *,
+        mode: Literal["wait", "restart", "continue"] = "wait",
+        in_place: bool = False,
+        param_mapping: Mapping[str, ParamRule] | None = None,
+    ) -> WeightUpdate:
+        """Serves other weights of the same model from the next step on, with the compiled programs that are there.
+
+        params: parameters in memory as for the constructor (borrowed where they fit, unless fuse_weights=True), or a
+        checkpoint's folder, file or hub id. version: names them in outputs and metrics; None: the next number.
+        mode: requests in flight finish first on the old weights, while later ones are held back ("wait"); or they
+        "restart" from their prompts; or they "continue": their tokens stay, keys and values are computed again. A
+        request that has streamed tokens continues instead of restarting: the result says so, and `weight_versions` of
+        its output. in_place: the old weights are given up first, so that there is never a second copy. param_mapping:
+        as for the constructor, whose table holds when there is none.
+
+        Everything is checked before anything is touched: CheckpointError names each parameter that does not fit, and
+        the old weights go on serving, as they do after any failure without in_place. With it, a failure after the
+        check ends the engine with an EngineError. MemoryPlanError when there is no room for both.
+        """
+        return self._weights.update(self._loop, params, version, mode, in_place, param_mapping)
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives device memory back: the KV cache (level 1), or the KV cache and the weights (level 2).
+
+        Compiled programs stay. Requests in flight keep their tokens and go on after `wake_up`; new ones, updates and a
+        second sleep are refused with an EngineError. Borrowed weights are let go of, not deleted.
+        """
+        self._weights.sleep(self._loop, level)
+
+    def wake_up(self, params: Any = None, version: int | None = None) -> None:
+        """Makes the KV cache again, with as many pages as before; awake, it does nothing.
+
+        params, version: after level 2, the weights to serve and their name, as for `update_weights`. Raises
+        MemoryPlanError, and sleeps on, when the memory is not free yet; CheckpointError for weights that do not fit.
+        """
+        self._weights.wake_up(self._loop, params, version)
 
     @property
     def vocab_size(self) -> int:
@@ -355,6 +421,8 @@ class LLM:
                     active.discard(output.request_id)
                 if isinstance(output.error, EngineError):
                     self._loop.raise_if_ended()
+                if isinstance(output.error, WeightsDeletedError):
+                    raise output.error
                 yield output
         finally:
             self.abort(active)
@@ -421,12 +489,8 @@ def _later(name: str, instead: str) -> Any:
 
 
 for _name, _instead in {
-    "logprobs": "score and score_rolling give the log-probabilities of given text",
     "embed": "only generation is served",
     "rerank": "only generation is served",
-    "sleep": "close() the engine and make a new one",
-    "wake_up": "close() the engine and make a new one",
-    "update_weights": "write the parameters as an Orbax checkpoint and make a new engine of it",
     "apply_model": "jaxengine.models.build makes the module from canonical parameters",
 }.items():
     setattr(LLM, _name, _later(_name, _instead))

@@ -48,17 +48,31 @@ def temporary_bytes(model: ModelConfig, sizes: Sizes, max_logprobs: int, dtype: 
     return 64 * 2**20 + max(layer + partial + gathered + tables, sampler, scoring)
 
 
+def compiling_bytes(model: ModelConfig, sizes: Sizes, dtype: str) -> int:
+    """An upper bound for what XLA takes of a GPU while it compiles a program: it times products on copies of operands.
+
+    What it does not get it waits for, ten seconds each time, and steps that run meanwhile may fail.
+    """
+    tokens, rows, item = sizes.max_num_batched_tokens, max(128, sizes.max_num_seqs), jnp.dtype(dtype).itemsize
+    hidden, inner, queries = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
+    products = [(tokens, hidden, queries + 2 * model.num_kv_heads * model.head_dim), (tokens, queries, hidden),
+                (tokens, hidden, 2 * inner), (tokens, inner, hidden), (rows, hidden, model.vocab_size)]  # fmt: skip
+    # Two results in float32: a candidate's and what it is compared with.
+    return 64 * 2**20 + max(item * (m * k + k * n) + 2 * 4 * m * n for m, k, n in products)
+
+
 def plan_pages(
     config: EngineConfig,
     model: ModelConfig,
     groups: Sequence[CacheGroup],
     sizes: Sizes,
     cache_dtype: str,
-    temporary: int,
+    reserved: int,
     device: jax.Device,
 ) -> tuple[int, ...]:
     """Pages for each cache group, the null page included. Call it once the weights are on the device.
 
+    `reserved`: bytes that pages must leave to programs, on a GPU.
     Raises MemoryPlanError when not even a page of each group fits.
     """
     page_bytes = [group.page_bytes(sizes.page_size, cache_dtype) for group in groups]
@@ -69,7 +83,7 @@ def plan_pages(
     if config.kv_cache_memory_bytes is not None:
         budget, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     else:
-        budget, source = _free_bytes(config, device, temporary + slots)
+        budget, source = _free_bytes(config, device, reserved + slots)
     needed = sum(2 * size for size in page_bytes)
     if budget < needed:
         raise MemoryPlanError(

@@ -369,11 +369,22 @@ class CompletionOutput:
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None  # None: it goes on
     stop_reason: int | str | None = None  # the stop string or token that ended it; None: the model's own end
-    weight_version: int = 0  # of the weights that made it
+    weight_version: int = 0  # of the weights that made its last token
+    # (i, version) for each span of tokens that one version made, i its first token's place among `token_ids`.
+    weight_versions: Sequence[tuple[int, int]] = ()
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """What update_weights did: the version that serves now, and what requests with output did that were in flight."""
+
+    version: int
+    restarted: tuple[str, ...] = ()  # request ids: their output was dropped and is made again
+    continued: tuple[str, ...] = ()  # they keep it: further tokens are the new version's
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,15 @@ class Bucket:
     blocks: int  # of query tokens, for chunks of more than one token
     groups: int  # of the KV cache
     page_updates: int  # per group
+    steps: int = 1  # decode: tokens that the program computes of each row, one after another
 
 
 # name -> shape. `tokens` = -1 takes the last token of the row's slot; a row of length 0 is padding.
 DECODE: Mapping[str, Callable[[Bucket], tuple[int, ...]]] = {
     "tokens": lambda b: (b.rows,),
     "slots": lambda b: (b.rows,),
-    "lengths": lambda b: (b.rows,),  # tokens in the cache after this step
+    "lengths": lambda b: (b.rows,),  # tokens in the cache after the first of the program's steps
+    "counts": lambda b: (b.rows,),  # steps that the row takes part in, from the first one on
     "page_updates": lambda b: (b.groups, b.page_updates, 3),  # slot, column, page
 }
 MIXED: Mapping[str, Callable[[Bucket], tuple[int, ...]]] = {
@@ -137,8 +139,7 @@ class StepInputs:
 class StepOutputs:
     """What a step brings back, NumPy; row i is the i-th row that sampled."""
 
-    tokens: np.ndarray  # int32 [rows, K], K = 1
-    count: np.ndarray  # int32 [rows]: how many of the K count
+    tokens: np.ndarray  # int32 [rows, K]; of a row that took part in fewer steps the first ones count
     logprob: np.ndarray | None = None  # float32 [rows]
     rank: np.ndarray | None = None
     top_ids: np.ndarray | None = None  # int32 [rows, k]

@@ -206,6 +206,10 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         return self._named_id("eos_token")
 
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._named_id("pad_token")
+
     def _named_id(self, name: str) -> int | None:
         return self.backend.token_to_id(self.special_tokens[name]) if name in self.special_tokens else None
 

@@ -1,11 +1,14 @@
 """Attention of the new tokens of several rows, many per row (chunked prefill), to those rows' pages.
 
 The host cuts each row's new tokens into blocks of `block_q` and lists them, so that every program knows its row without
-a search. One program holds a tile of (query token, head) pairs that share a KV head.
+a search. There are two kernels. This one, through Triton, takes everything: a program holds a tile of (query token,
+head) pairs that share a KV head. `paged_extend_mosaic` is about twice as fast, on Hopper only, and takes what most
+models have: bfloat16 or float16, head_dim 64, 128 or 256, pages of a power of two. `_choose` decides between them.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,10 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import paged_tile as tile
 from pallas_kernels.paged_decode import paged_decode_reference
+
+# Words in the names of cards that get the Mosaic kernel: none before tests/gpu/test_kernels.py has passed with it on a
+# Hopper card (then "H100", "H200"). Until then its own tuning names it.
+MOSAIC_CARDS: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def paged_extend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    tuning: TuningConfig | None = None,
+    tuning: Any = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention of each row's last `q_len[r]` tokens to the row's first `lengths[r]` keys.
@@ -72,6 +79,8 @@ def paged_extend(
     block_row -1 is an empty block. Pools [pages, KH, page_size, D], H a multiple of KH; page_table [R, W]; all index
     arrays int32. A query sees the last `window` keys, its own included. Entries of the table outside a row's window and
     length are not used. Returns [T, H, D] in q's dtype; tokens in no block have what `out` [T, H, D] holds, or zeros.
+    Blocks are best listed from those that see many keys to those that see few: work is dealt out in this order.
+    tuning: a TuningConfig of this file or of `paged_extend_mosaic`, which also names the kernel, whatever the card.
     ValueError for shapes that do not fit.
     """
     tile.check(q, k_pages, v_pages, window, softcap)
@@ -84,7 +93,14 @@ def paged_extend(
         raise ValueError(f"{out.shape=} {out.dtype=} must be as {q.shape=} {q.dtype=}")
     if block_q < 1:
         raise ValueError(f"{block_q=} must be at least 1")
-    tuning = tuning or TuningConfig.from_shapes(q, k_pages, block_q)
+    tuning = tuning or _choose(q, k_pages, v_pages, block_q, scale, interpret)
+    if not isinstance(tuning, TuningConfig):
+        from pallas_kernels import paged_extend_mosaic as mosaic  # costs half a second
+
+        return mosaic.paged_extend_mosaic(
+            q, k_pages, v_pages, page_table, block_row, block_start, q_start, q_len, lengths, out, block_q=block_q,
+            scale=scale, window=window, softcap=softcap, tuning=tuning, interpret=interpret,
+        )  # fmt: skip
     kv_heads = k_pages.shape[1]
     tiles = pl.cdiv(block_q * q.shape[1] // kv_heads, tuning.tile_rows)
     whole = pl.BlockSpec(memory_space=pl.ANY)
@@ -101,6 +117,17 @@ def paged_extend(
         interpret=interpret,
         name="paged_extend",
     )(block_row, block_start, q_start, q_len, lengths, page_table, q, k_pages, v_pages, out)
+
+
+def _choose(q, k_pages, v_pages, block_q: int, scale: float, interpret: bool) -> Any:
+    """The tuning, and so the kernel, for these arrays and this card; interpret mode is quicker with Triton's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if not interpret and any(name in device.device_kind for name in MOSAIC_CARDS):
+        from pallas_kernels import paged_extend_mosaic as mosaic
+
+        if mosaic.supports(q, k_pages, v_pages, scale):
+            return mosaic.TuningConfig.from_shapes(q, k_pages)
+    return TuningConfig.from_shapes(q, k_pages, block_q)
 
 
 @partial(jax.jit, static_argnames=("block_q", "scale", "window", "softcap"))

@@ -3,7 +3,8 @@
 The fake runner keeps in its pages what a model's cache amounts to: for each token its id, its position, and a state
 that depends on every token before it. The next token is a hash of all that it reads back through the page table within
 each group's window, so that a wrong page, a wrong position, a stale entry or a page that was reused too early cannot
-pass. `expected` computes the same from the token ids alone.
+pass. `expected` computes the same from the token ids alone. States depend on the weights, a number here, so that what
+another version wrote cannot pass either.
 """
 
 from collections.abc import Sequence
@@ -36,10 +37,10 @@ def mix(*values: int) -> int:
     return result & BITS
 
 
-def next_states(before: int, tokens: Sequence[int], start: int) -> list[int]:
+def next_states(before: int, tokens: Sequence[int], start: int, weights: int) -> list[int]:
     """The states of tokens from position `start` on, behind a token with state `before` (0: none is visible)."""
     numbered = enumerate(tokens, start)
-    return list(accumulate(numbered, lambda state, item: mix(state, *item), initial=before))[1:]
+    return list(accumulate(numbered, lambda state, item: mix(state, *item, weights), initial=before))[1:]
 
 
 def hidden(visible: Sequence[int]) -> int:
@@ -71,30 +72,42 @@ def mode_params(params: SamplingParams, seed: int, index: int) -> SimpleNamespac
     )
 
 
-def expected(request: Request, windows: Sequence[int | None], vocab: int, index: int = 0) -> SimpleNamespace:
-    """Tokens, log-probabilities and reason of the end that the request gets on a fake device of its own."""
+def expected(
+    request: Request,
+    windows: Sequence[int | None],
+    vocab: int,
+    index: int = 0,
+    spans: Sequence[tuple[int, int]] = ((0, 0),),
+) -> SimpleNamespace:
+    """Tokens, log-probabilities and reason of the end that the request gets on a fake device of its own.
+
+    spans: (output token, weights) for each change of the weights; the prompt belongs to the first.
+    """
     params, tokens = request.params, list(request.prompt_token_ids)
     prompt = len(tokens)
     logprobs, hiddens, reason = [], [], None
     states: list[list[int]] = [[] for _ in windows]
+    changes, weights = dict(spans), spans[0][1]
 
     def compute(until: int) -> None:
         for position in range(len(hiddens), until):
             for window, own in zip(windows, states, strict=True):
                 before = own[-1] if own and (window is None or window > 1) else 0
-                own += next_states(before, [tokens[position]], position)
+                own += next_states(before, [tokens[position]], position, weights)
             seen = [
                 hidden(own[0 if w is None else max(0, position + 1 - w) :])
                 for own, w in zip(states, windows, strict=True)
             ]
             hiddens.append(mix(*seen))
 
-    if request.max_tokens == 0:
-        compute(prompt - 1)
-        reason = "length"
+    compute(prompt - 1)
+    of_prompt = [logprob_of(x, tokens[p]) for p, x in enumerate(hiddens, 1)]
+    reason = "length" if request.max_tokens == 0 else None
     while reason is None:
-        compute(len(tokens))
         output = len(tokens) - prompt
+        if changes.get(output, weights) != weights:
+            weights, hiddens, states = changes[output], [], [[] for _ in windows]
+        compute(len(tokens))
         banned = set(request.stop_token_ids) if output < params.min_tokens else set()
         for word in request.bad_word_ids:
             if len(word) == 1 or tokens[1 - len(word) :] == word[:-1]:
@@ -107,8 +120,7 @@ def expected(request: Request, windows: Sequence[int | None], vocab: int, index:
             reason = "stop"
         elif output + 1 == request.max_tokens:
             reason = "length"
-    first = max(1, params.prompt_logprobs_start)
-    prompt_logprobs = [logprob_of(hiddens[p - 1], tokens[p]) for p in range(first, prompt)]
+    prompt_logprobs = of_prompt[max(1, params.prompt_logprobs_start) - 1 :]
     return SimpleNamespace(
         tokens=tokens[prompt:], reason=reason, logprobs=logprobs, prompt_logprobs=prompt_logprobs, hiddens=hiddens
     )
@@ -142,8 +154,9 @@ class FakeRunner:
         self.buckets, self.vocab, self.columns = buckets, vocab, columns
         self.fail, self.poison = fail or {}, poison
         self.fail_resets = 0
-        self.steps = self.resets = self.max_flying = self.computed = self.chunks = self.failures = 0
+        self.steps = self.resets = self.max_flying = self.computed = self.chunks = self.failures = self.most_steps = 0
         self.kinds: set[tuple] = set()
+        self.weights = 0
         self.reset()
 
     def reset(self) -> None:
@@ -204,11 +217,11 @@ class FakeRunner:
         rows, tokens = self._rows(inputs.kind, step)
         if self.poison in tokens:
             return None
+        if inputs.kind == "decode":
+            return self._decode(inputs, rows, tokens, step["counts"].tolist())
         hiddens = self._compute(rows, tokens)
         self.computed += len(hiddens)
-        if inputs.kind == "decode":
-            sampled = [(slot, start + 1, hiddens[i]) for i, (slot, start, _, _) in enumerate(rows)]
-        elif inputs.head_bucket is None:
+        if inputs.head_bucket is None:
             sampled = []
         else:
             head = unpack("head", inputs.head_bucket, inputs.head_packed)
@@ -218,6 +231,26 @@ class FakeRunner:
                 zip(head["slots"][:count].tolist(), head["positions"][:count].tolist(), [hiddens[i] for i in index])
             )
         return self._outputs(inputs, sampled, hiddens)
+
+    def _decode(self, inputs: StepInputs, rows, tokens: list[int], counts: list[int]) -> StepOutputs | None:
+        steps = inputs.bucket.steps
+        assert all(1 <= count <= steps for count in counts[: len(rows)]) and not any(counts[len(rows) :])
+        self.most_steps = max(self.most_steps, *counts)
+        drawn = np.full((len(rows), steps), -9, np.int32)
+        for number in range(steps):
+            active = [i for i, count in enumerate(counts[: len(rows)]) if number < count]
+            if not active:
+                break
+            own = [(rows[i][0], rows[i][1] + number, j, 1) for j, i in enumerate(active)]
+            if number:
+                tokens = [int(self.last_token[rows[i][0]]) for i in active]
+                if self.poison in tokens:
+                    return None
+            hiddens = self._compute(own, tokens)
+            self.computed += len(hiddens)
+            sampled = [(slot, start + 1, x) for (slot, start, _, _), x in zip(own, hiddens, strict=True)]
+            drawn[active, number] = self._outputs(inputs, sampled, hiddens).tokens[:, 0]
+        return StepOutputs(drawn)
 
     def _slot(self, slot: int) -> SimpleNamespace:
         found = self.slots[slot]
@@ -244,11 +277,12 @@ class FakeRunner:
                 assert step["positions"][first : first + n].tolist() == list(range(start, start + n))
                 if n > 1:
                     self.chunks += 1
-                    blocks += [(i, b) for b in range(first, first + n, size)]
+                    blocks += [(first - start - b, i, b) for b in range(first, first + n, size)]
             total = sum(n for *_, n in rows)
             assert (step["token_row"][total:] == -1).all()
             assert (step["block_row"][len(blocks) :] == -1).all()
-            assert list(zip(step["block_row"].tolist(), step["block_start"].tolist()))[: len(blocks)] == blocks
+            listed = list(zip(step["block_row"].tolist(), step["block_start"].tolist()))[: len(blocks)]
+            assert listed == [(i, b) for _, i, b in sorted(blocks)], "those that see many keys come first"
         tokens = step["tokens"].tolist()
         known = []
         for slot, _, first, n in rows:
@@ -274,9 +308,9 @@ class FakeRunner:
                 own = tokens[first : first + n]
                 before = int(earlier[-1, 2]) if len(earlier) else 0
                 if group.window == 1:
-                    states = [next_states(0, [token], start + i)[0] for i, token in enumerate(own)]
+                    states = [next_states(0, [token], start + i, self.weights)[0] for i, token in enumerate(own)]
                 else:
-                    states = next_states(before, own, start)
+                    states = next_states(before, own, start, self.weights)
                 entries = np.stack([own, positions[start - begin :], states], axis=1)
                 pool[pages[start - begin :], positions[start - begin :] % size] = entries
                 visible = earlier[:, 2].tolist() + states
@@ -323,10 +357,7 @@ class FakeRunner:
                 for span in inputs.prompt_spans
                 if span.whole
             ]
-        count = np.ones(len(tokens), np.int32)
-        return StepOutputs(
-            np.array(tokens, np.int32)[:, None], count, **extra, prompt=prompt, prompt_vocab=tuple(spans)
-        )
+        return StepOutputs(np.array(tokens, np.int32)[:, None], **extra, prompt=prompt, prompt_vocab=tuple(spans))
 
     def _logprobs(self, hiddens, tokens) -> tuple[np.ndarray, ...]:
         """Of each token, its rank, and the best `TOP`; not more of them than tests look at are right."""
@@ -348,10 +379,12 @@ class FakeSink:
     def update(self, items):
         updates = []
         for key, ids in items:
-            entry, start = self.texts[key], len(self.texts[key][0])
-            entry[0] += "".join(letter(token) for token in ids)
-            stop = next((s for s in entry[1].stop if entry[0].endswith(s)), None)
-            updates.append(SimpleNamespace(text_delta=entry[0][start:], stop=stop, keep=len(ids)))
+            entry, start, keep, stop = self.texts[key], len(self.texts[key][0]), 0, None
+            while stop is None and keep < len(ids):
+                entry[0] += letter(ids[keep])
+                keep += 1
+                stop = next((s for s in entry[1].stop if entry[0].endswith(s)), None)
+            updates.append(SimpleNamespace(text_delta=entry[0][start:], stop=stop, keep=keep))
         return updates
 
     def close(self, key, ids):
@@ -368,18 +401,20 @@ def groups_of(windows: Sequence[int | None]) -> list[CacheGroup]:
 
 def make_engine(
     *, windows=(None,), pages=40, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, flights=1, vocab=16,
-    columns=64, block_q=4, fail=None, poison=None, **options,
+    columns=64, block_q=4, steps_per_call=1, fail=None, poison=None, **options,
 ) -> Engine:  # fmt: skip
     """An engine on a fake device. pages: of each group, or one number for all of them, the null page not counted."""
     counts = [pages] * len(windows) if isinstance(pages, int) else pages
     scheduler = Scheduler(
         groups_of(windows), [count + 1 for count in counts], page_size=page_size, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, max_model_len=columns * page_size, **options,
+        max_num_batched_tokens=max_num_batched_tokens, max_model_len=columns * page_size, steps_per_call=steps_per_call,
+        **options,
     )  # fmt: skip
     buckets = Buckets(
         rows=bucket_sizes(1, max_num_seqs, 8),
         tokens=bucket_sizes(min(4, max_num_batched_tokens), max_num_batched_tokens, 16),
         block_q=block_q, page_size=page_size, groups=len(windows), max_num_seqs=max_num_seqs,
+        steps=(1, steps_per_call),
     )  # fmt: skip
     runner = FakeRunner(scheduler, buckets, vocab, columns, fail, poison)
     return Engine(

@@ -36,5 +36,6 @@ def check_memory(runner):
 def check_no_pool_copies(runner):
     steps = {key: program for key, program in runner._programs.items() if key[0] in ("decode", "mixed")}
     assert {key[0] for key in steps} == {"decode", "mixed"}
+    assert len({key[1].steps for key in steps}) == 2, "one step a call and several"
     copies = {key: lines for key, program in steps.items() if (lines := pool_copies(program, runner._cache))}
     assert not copies, copies

@@ -33,9 +33,11 @@ TABLE: dict[str, set[str]] = {
     "engine": EVERYBODY | {"request", "step", "models", "layers", "sampling", "kv_cache", "sharding"},
     "progress": EVERYBODY | {"request"},
     "memory": EVERYBODY | {"kv_cache"},
+    "live_weights": EVERYBODY | {"engine", "weights", "request"},
     "frontend": EVERYBODY | {"engine", "request", "tokenizer"},
     "assembly": EVERYBODY
-    | {"engine", "weights", "tokenizer", "text", "frontend", "memory", "progress", "models", "kv_cache", "sharding"},
+    | {"engine", "weights", "live_weights", "tokenizer", "text", "frontend", "memory", "progress", "kv_cache"}
+    | {"sharding"},
     "beam_search": EVERYBODY | {"frontend", "progress", "request"},
     "llm": EVERYBODY
     | {"assembly", "frontend", "beam_search", "progress", "engine", "tokenizer", "request", "scoring", "evaluate"},
@@ -44,7 +46,7 @@ TABLE: dict[str, set[str]] = {
     "evaluate": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer", "progress"},
     "serve": EVERYBODY | {"llm", "async_llm", "request", "scoring", "tokenizer"},
     "benchmark": EVERYBODY | {"request", "pallas_kernels", "weights", "sharding"},
-    "jaxengine": EVERYBODY | {"llm", "async_llm", "request"},
+    "jaxengine": EVERYBODY | {"llm", "async_llm", "request", "handoff"},
 }
 TABLE["cli"] = set(TABLE)
 
@@ -55,7 +57,7 @@ THIRD_PARTY = {
 }
 # The host side: plain Python and NumPy.
 NO_JAX = ("jaxengine.request", "jaxengine.errors", "jaxengine.engine")
-JAX_ALLOWED = ("jaxengine.engine.runner",)
+JAX_ALLOWED = ("jaxengine.engine.runner", "jaxengine.engine.device_weights")
 
 
 def module_name(path: Path) -> str:

@@ -63,14 +63,14 @@ def test_preemption_changes_nothing(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("flights", [0, 1, 2])
-def test_flights_change_nothing(kind, flights):
-    with fresh_llm(kind, steps_in_flight=flights) as llm:
+@pytest.mark.parametrize(("flights", "steps"), [(0, 1), (1, 4), (2, 1)])
+def test_flights_and_steps_of_a_call_change_nothing(kind, flights, steps):
+    with fresh_llm(kind, steps_in_flight=flights, steps_per_call=steps) as llm:
         engine, seen = llm._loop._engine, []
         submit = llm._runner.submit
-        llm._runner.submit = lambda inputs: seen.append(len(engine._steps)) or submit(inputs)
+        llm._runner.submit = lambda inputs: seen.append((len(engine._steps), inputs.bucket.steps)) or submit(inputs)
         outputs = greedy(llm, [prompt(30), prompt(4), prompt(50)], max_tokens=20)
-        assert max(seen) == flights
+        assert max(seen) == (flights, steps) and {steps for _, steps in seen} == {1, steps}
         check_integrity(llm)
     assert_own_tokens(kind, outputs)
 
@@ -96,10 +96,11 @@ def jobs(draw):
     return requests
 
 
-def run_jobs(kind, requests, pages, budget, flights, caching):
+def run_jobs(kind, requests, pages, budget, flights, steps, caching):
     with fresh_llm(
-        kind, pages=pages, max_num_batched_tokens=budget, steps_in_flight=flights, enable_prefix_caching=caching
-    ) as llm:
+        kind, pages=pages, max_num_batched_tokens=budget, steps_in_flight=flights, steps_per_call=steps,
+        enable_prefix_caching=caching,
+    ) as llm:  # fmt: skip
         params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for _, n, _ in requests]
         outputs = llm.generate(
             [ids for ids, _, _ in requests], params, priority=[p for _, _, p in requests], use_tqdm=False
@@ -111,20 +112,20 @@ def run_jobs(kind, requests, pages, budget, flights, caching):
 
 settings_of_a_run = {
     "requests": jobs(), "pages": st.integers(11, 40), "budget": st.integers(8, 32), "flights": st.integers(0, 2),
-    "caching": st.booleans(),
+    "steps": st.sampled_from([1, 4]), "caching": st.booleans(),
 }  # fmt: skip
 
 
 @KINDS
 @settings(max_examples=8)
 @given(**settings_of_a_run)
-def test_any_run_gives_each_request_its_own_tokens(kind, requests, pages, budget, flights, caching):
-    run_jobs(kind, requests, pages, budget, flights, caching)
+def test_any_run_gives_each_request_its_own_tokens(kind, requests, pages, budget, flights, steps, caching):
+    run_jobs(kind, requests, pages, budget, flights, steps, caching)
 
 
 @pytest.mark.full
 @KINDS
 @settings(max_examples=300)
 @given(**settings_of_a_run)
-def test_any_run_gives_each_request_its_own_tokens_full(kind, requests, pages, budget, flights, caching):
-    run_jobs(kind, requests, pages, budget, flights, caching)
+def test_any_run_gives_each_request_its_own_tokens_full(kind, requests, pages, budget, flights, steps, caching):
+    run_jobs(kind, requests, pages, budget, flights, steps, caching)

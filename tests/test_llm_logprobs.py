@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxengine import RequestError, SamplingParams
-from tests.tiny_llm import VOCAB, fresh_llm, reference_logprobs, shared_llm
+from tests.tiny_llm import VOCAB, check_integrity, dense_logprobs, fresh_llm, reference_logprobs, shared_llm
 
 PROMPT = [11 * i % 590 + 3 for i in range(45)]  # two chunks
 
@@ -123,3 +123,26 @@ def test_processed_mode_is_the_distribution_that_is_drawn_from():
     own = completion.logprobs.logprobs
     assert all(value in row for value, row in zip(own, completion.logprobs.top_logprobs))
     close(prompt.prompt_logprobs.logprobs, reference_logprobs("llama", PROMPT)[range(44), PROMPT[1:]])  # always raw
+
+
+def test_logprobs_are_those_of_a_dense_forward():
+    llm, random = shared_llm(), np.random.default_rng(0)
+    sequences = [random.integers(3, 600, n).tolist() for n in (2, 9, 33, 120, 256)]
+    sequences.append(sequences[2])  # what lies in the prefix cache is computed again
+    found = llm.logprobs(sequences)
+    assert [len(x) for x in found] == [len(ids) - 1 for ids in sequences]
+    for ids, got in zip(sequences, found, strict=True):
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, dense_logprobs(ids), atol=1e-4)
+    with pytest.raises(RequestError, match="a prompt of one token"):
+        llm.logprobs([[5, 6], [5]])
+    check_integrity(llm)
+
+
+def test_logprobs_agree_with_those_of_sampling():
+    llm = shared_llm()
+    params = SamplingParams(temperature=1, max_tokens=30, logprobs=0, ignore_eos=True)
+    outputs = llm.generate([list(range(40, 60)), [40, 41]], params, use_tqdm=False)
+    again = llm.logprobs([[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs])
+    for output, found in zip(outputs, again, strict=True):
+        np.testing.assert_allclose(found[-30:], output.outputs[0].logprobs.logprobs, atol=1e-4)

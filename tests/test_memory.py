@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxengine import EngineConfig, MemoryPlanError
 from jaxengine.kv_cache import CacheGroup
-from jaxengine.memory import CPU_CACHE_BYTES, GIB, Sizes, plan_pages, temporary_bytes
+from jaxengine.memory import CPU_CACHE_BYTES, GIB, Sizes, compiling_bytes, plan_pages, temporary_bytes
 from tests.tiny_llm import shared_llm
 
 SIZES = Sizes(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=256, page_size=16)
@@ -21,9 +21,9 @@ def device(platform="cpu", **stats):
     return SimpleNamespace(platform=platform, memory_stats=lambda: stats or None)
 
 
-def plan(groups, where=None, *, sizes=SIZES, temporary=0, **config):
+def plan(groups, where=None, *, sizes=SIZES, reserved=0, **config):
     model = shared_llm().model_config
-    return plan_pages(EngineConfig(**config), model, groups, sizes, "float32", temporary, where or device())
+    return plan_pages(EngineConfig(**config), model, groups, sizes, "float32", reserved, where or device())
 
 
 def test_enough_for_every_row_and_no_more_on_a_cpu():
@@ -53,12 +53,12 @@ def test_the_budget_holds(budget, groups):
 def test_what_a_gpu_has_left(monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)  # the command line sets it
     gpu = device("gpu", bytes_limit=int(0.75 * 80 * GIB), bytes_in_use=20 * GIB)
-    [pages] = plan([FULL], gpu, temporary=GIB, gpu_memory_utilization=0.5)
+    [pages] = plan([FULL], gpu, reserved=GIB, gpu_memory_utilization=0.5)
     assert abs(pages * BYTES["full"] - 19 * GIB) < GIB // 10  # more than every row fills: the rest is prefix cache
-    [most] = plan([FULL], gpu, temporary=GIB)
+    [most] = plan([FULL], gpu, reserved=GIB)
     assert abs(most * BYTES["full"] - 39 * GIB) < GIB // 10  # jax has 60 GiB of the 72 asked for
     with pytest.raises(MemoryPlanError, match=r"20\.00 GiB are in use.*close"):
-        plan([FULL], gpu, temporary=GIB, gpu_memory_utilization=0.2)
+        plan([FULL], gpu, reserved=GIB, gpu_memory_utilization=0.2)
 
 
 def test_a_fraction_that_jax_was_given(monkeypatch):
@@ -81,6 +81,13 @@ def test_the_runner_is_told_the_bound_for_temporaries():
     """That each program keeps to it is in engine/test_programs.py."""
     runner = shared_llm()._runner
     assert runner.temporary_bytes == temporary_bytes(runner.model, Sizes(8, 32, 256, 8), 20, "float32", "xla")
+
+
+def test_compiling_needs_a_copy_of_the_largest_matrix_and_two_results():
+    model = shared_llm().model_config  # hidden 64, vocabulary 600, inner 96
+    head, gate_up = 4 * 64 * 600 + 8 * 128 * 600, 4 * 64 * 192 + 8 * 4096 * 192
+    assert head <= compiling_bytes(model, Sizes(8, 32, 256, 8), "float32") - 2**26 <= 2 * head
+    assert gate_up <= compiling_bytes(model, Sizes(8, 4096, 256, 8), "float32") - 2**26 <= 2 * gate_up
 
 
 def test_free_memory_that_differs_a_little_gives_the_same_pages(monkeypatch):

@@ -25,12 +25,16 @@ NAMES = {
     "Logprob",
     "MemoryPlanError",
     "ModelNotFoundError",
+    "ParamRule",
+    "ParityReport",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
     "UnsupportedError",
     "UnsupportedModelError",
+    "WeightsDeletedError",
     "__version__",
+    "parity_report",
 }
 
 
@@ -67,7 +71,17 @@ def test_one_version():
     assert jaxengine.__version__ == project["version"]
 
 
-@pytest.mark.parametrize("module", ["jaxengine", "jaxengine.llm", "jaxengine.async_llm", "jaxengine.request"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "jaxengine",
+        "jaxengine.llm",
+        "jaxengine.async_llm",
+        "jaxengine.config",
+        "jaxengine.request",
+        "jaxengine.handoff.parity",
+    ],
+)
 def test_docstring_examples(module, shipped_model):
     failed, _ = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
     assert failed == 0

@@ -125,13 +125,10 @@ def check_integrity(llm):
 
 @cache
 def _reference_model(kind):
-    from jaxengine.sharding import create_mesh
-    from jaxengine.weights import load_params, open_checkpoint
+    from jaxengine.weights import open_checkpoint
     from tests.models.harness import PagedModel
 
-    checkpoint = open_checkpoint(model_folder(kind))
-    params = load_params(checkpoint, "float32", create_mesh())
-    return PagedModel(checkpoint.config, params, MAX_LENGTH, rows=1)
+    return PagedModel(open_checkpoint(model_folder(kind)).config, canonical_params(kind), MAX_LENGTH, rows=1)
 
 
 @cache
@@ -157,3 +154,42 @@ def count_ties(kind, prompt, tokens):
     behind = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
     assert (behind <= 1e-4).all(), f"token {behind.argmax()} of {tokens} lies {behind.max()} behind the best"
     return int((behind > 0).sum())
+
+
+@cache
+def canonical_params(kind="llama"):
+    """On the default device, as a trainer has them."""
+    from jaxengine.sharding import create_mesh
+    from jaxengine.weights import load_params, open_checkpoint
+
+    return load_params(open_checkpoint(model_folder(kind)), "float32", create_mesh())
+
+
+def dense_logprobs(ids):
+    """The llama in plain NumPy, float64, without cache, pages or fused kernels: log-probabilities of ids[1:]."""
+    p = {path: np.asarray(x, np.float64) for path, x in canonical_params().items()}
+
+    def norm(x, scale):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
+
+    def rotate(x):  # [tokens, heads, 16]
+        angle = np.arange(len(ids))[:, None] * 10000.0 ** (-np.arange(8) / 8)
+        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        return np.concatenate([x[..., :8] * cos - x[..., 8:] * sin, x[..., 8:] * cos + x[..., :8] * sin], -1)
+
+    x = p["embed_tokens.embedding"][np.array(ids)]
+    for i in range(2):
+        at = f"layers.{i}"
+        y = norm(x, p[f"{at}.input_layernorm.scale"])
+        q, k, v = ((y @ p[f"{at}.self_attn.{n}_proj.kernel"]).reshape(len(ids), -1, 16) for n in "qkv")
+        q, k, v = rotate(q), rotate(k).repeat(2, 1), v.repeat(2, 1)
+        scores = np.einsum("qhd,khd->hqk", q, k) / 4 + np.triu(np.full((len(ids),) * 2, -np.inf), 1)
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = np.einsum("hqk,khd->qhd", shares / shares.sum(-1, keepdims=True), v)
+        x = x + mixed.reshape(len(ids), -1) @ p[f"{at}.self_attn.o_proj.kernel"]
+        y = norm(x, p[f"{at}.post_attention_layernorm.scale"])
+        gate = y @ p[f"{at}.mlp.gate_proj.kernel"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ p[f"{at}.mlp.up_proj.kernel"])) @ p[f"{at}.mlp.down_proj.kernel"]
+    logits = norm(x, p["norm.scale"]) @ p["lm_head.kernel"]
+    logits -= np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    return logits[np.arange(len(ids) - 1), ids[1:]]

@@ -15,6 +15,7 @@ import numpy as np
 import pallas_kernels as kernels
 from jaxengine.benchmark.device import matmul_rate, normal, read_rate, seconds
 from jaxengine.errors import UnsupportedError
+from pallas_kernels import paged_extend_mosaic as mosaic
 
 Result = dict[str, Any]
 
@@ -31,6 +32,7 @@ class Heads(NamedTuple):
 KNOWN_LIMITS = {"H200": (4.44e12, 790e12)}
 TOLERANCE = 0.03
 PAGE, BLOCK_Q, L2_BYTES = 16, 64, 60e6
+HOPPER = ("H100", "H200")
 OPS = 16  # in one program, at least
 LLAMA_8B = Heads(32, 8, 128)
 
@@ -82,7 +84,8 @@ def summarize(device_kind: str, read: float, matmul: float, results: list[Result
         void = any(abs(rate / limit - 1) > TOLERANCE for rate, limit in zip((read, matmul), known))
     shared = [r | {"share": r["bytes_per_s"] / read if "bytes" in r else r["flops_per_s"] / matmul} for r in results]
     time = {result["op"]: result["us"] for result in results}
-    pairs = [(SKEWED, BALANCED)] + [(f"extend {tokens}", f"cudnn {tokens}") for tokens in EXTEND]
+    pairs = [(SKEWED, BALANCED)]
+    pairs += [(f"{name} {tokens}", f"cudnn {tokens}") for name in ("extend", "extend by Mosaic") for tokens in EXTEND]
     ratios = {f"{ours} / {other}": time[ours] / time[other] for ours, other in pairs if ours in time}
     return {"device": device_kind, "jax": jax.__version__, "read_bytes_per_s": read, "matmul_flops": matmul,
             "known_limits": known, "void": void, "ratios": ratios, "results": shared}  # fmt: skip
@@ -152,22 +155,22 @@ def time_decode(name: str, row_lengths: Sequence[int], heads: Heads) -> list[Res
 
 
 def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
-    """One row of new tokens only, beside cuDNN's attention on the same keys and values laid out densely."""
+    """One row of new tokens only: the kernel chosen, Mosaic's on Hopper, cuDNN's attention on dense keys and values."""
     k_pages, v_pages, tables = paged_inputs([tokens], heads)
     tables = tables[:4]
-    starts = jnp.arange(0, tokens, BLOCK_Q, dtype=jnp.int32)
+    starts = jnp.arange(0, tokens, BLOCK_Q, dtype=jnp.int32)[::-1]
     one = partial(jnp.full, (1,), dtype=jnp.int32)
     index = jnp.zeros_like(starts), starts, one(0), one(tokens), one(tokens)
     scale = heads.dim**-0.5
-    extend = partial(kernels.paged_extend, block_q=BLOCK_Q, scale=scale)
+    q = normal(3, tokens, heads.query, heads.dim)
     dense = [tuple(pool[table[0]].swapaxes(1, 2).reshape(1, tokens, heads.kv, heads.dim) for pool in (k_pages, v_pages))
              for table in tables]  # fmt: skip
     attention = partial(jax.nn.dot_product_attention, is_causal=True, scale=scale, implementation="cudnn")
 
-    @jax.jit
-    def paged(q, k_pages, v_pages, tables, index):
+    @partial(jax.jit, static_argnames="tuning")
+    def paged(q, k_pages, v_pages, tables, index, tuning=None):
         for table in tables:
-            q = extend(q, k_pages, v_pages, table, *index)
+            q = kernels.paged_extend(q, k_pages, v_pages, table, *index, block_q=BLOCK_Q, scale=scale, tuning=tuning)
         return q
 
     @jax.jit
@@ -176,13 +179,19 @@ def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
             q = attention(q, k, v)
         return q
 
-    q = normal(3, tokens, heads.query, heads.dim)
-    difference = error(paged(q, k_pages, v_pages, tables[:1], index), cudnn(q[None], dense[:1])[0])
+    extend = partial(paged, q, k_pages, v_pages, index=index)
+    calls: dict[str, Callable] = {
+        "extend": extend,
+        "cudnn": lambda tables: cudnn(q[None], dense[: len(tables)])[0],
+    }
+    if any(card in jax.devices()[0].device_kind for card in HOPPER):
+        calls["extend by Mosaic"] = partial(extend, tuning=mosaic.TuningConfig.from_shapes(q, k_pages))
+    expected = calls["cudnn"](tables=tables[:1])
     flops = 2 * 2 * heads.query * heads.dim * tokens * (tokens + 1) / 2
     results = []
-    for name, call in (("extend", lambda: paged(q, k_pages, v_pages, tables, index)),
-                       ("cudnn", lambda: cudnn(q[None], dense))):  # fmt: skip
-        time_s, spread = seconds(call, len(tables))
+    for name, call in calls.items():
+        difference = error(call(tables=tables[:1]), expected)
+        time_s, spread = seconds(partial(call, tables=tables), len(tables))
         results.append({"op": f"{name} {tokens}", "us": time_s * 1e6, "spread": spread, "flops": flops,
                         "flops_per_s": flops / time_s, "error": difference})  # fmt: skip
     return results

@@ -23,7 +23,9 @@ def bucket_sizes(smallest: int, largest: int, step: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes that programs are compiled for: rows for decode steps and heads, tokens for mixed steps."""
+    """The sizes that programs are compiled for: rows for decode steps and heads, steps of a decode program, tokens for
+    mixed steps.
+    """
 
     rows: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -31,10 +33,11 @@ class Buckets:
     page_size: int
     groups: int
     max_num_seqs: int
+    steps: tuple[int, ...] = (1,)
 
-    def decode(self, rows: int) -> Bucket:
+    def decode(self, rows: int, steps: int = 1) -> Bucket:
         rows = self.rows[bisect_left(self.rows, rows)]
-        return Bucket(rows, rows, 0, self.groups, rows)
+        return Bucket(rows, rows, 0, self.groups, rows * -(-steps // self.page_size), steps)
 
     def mixed(self, tokens: int) -> Bucket:
         tokens = self.tokens[bisect_left(self.tokens, tokens)]
@@ -55,7 +58,8 @@ def build_batch(rows: Rows, table: SlotTable, buckets: Buckets, vocab_size: int)
     sampling = rows.slots[rows.samples]
     mode = MODES[table.mode[sampling].max(initial=0)]
     prompt_spans = _prompt_spans(rows, table)
-    decode = len(sampling) == len(rows) and longest == 1 and mode != "everything" and not prompt_spans
+    singles = longest == 1 or rows.steps > 1
+    decode = len(sampling) == len(rows) and singles and mode != "everything" and not prompt_spans
     fresh, edits = (table.uploaded == 0)[rows.slots], table.edits_logits[rows.slots]
     writes: dict[str, Any] = {
         "slot_writes": [_slot_write(table, slot) for slot in rows.slots[fresh].tolist()],
@@ -63,7 +67,7 @@ def build_batch(rows: Rows, table: SlotTable, buckets: Buckets, vocab_size: int)
         "mask_writes": _mask_writes(rows.slots[rows.samples & edits & ~fresh].tolist(), table, vocab_size),
     }
     if decode:
-        bucket = buckets.decode(len(rows))
+        bucket = buckets.decode(len(rows), rows.steps)
         return rows, StepInputs("decode", bucket, _pack_decode(rows, table, bucket, buckets), mode, **writes)
     bucket = buckets.mixed(int(rows.count.sum()))
     packed = _pack_mixed(rows, table, bucket, buckets)
@@ -83,7 +87,7 @@ def _pack_decode(rows: Rows, table: SlotTable, bucket: Bucket, buckets: Buckets)
     fields["slots"][:] = buckets.max_num_seqs
     fields["tokens"][:count] = table.known(rows.slots, rows.start)
     fields["slots"][:count] = rows.slots
-    fields["lengths"][:count] = rows.start + 1
+    fields["lengths"][:count], fields["counts"][:count] = rows.start + 1, rows.count
     _page_updates(rows, table, fields["page_updates"], buckets.max_num_seqs)
     return packed
 
@@ -101,6 +105,9 @@ def _pack_mixed(rows: Rows, table: SlotTable, bucket: Bucket, buckets: Buckets) 
     fields["q_start"][:count], fields["q_len"][:count] = end - rows.count, rows.count
     blocks = np.where(rows.count > 1, -(-rows.count // buckets.block_q), 0)
     number, row = spread(np.zeros(count, int), blocks)
+    # From those that see many keys to those that see few, as paged_extend likes it.
+    order = np.argsort(-(rows.start[row] + number * buckets.block_q), kind="stable")
+    number, row = number[order], row[order]
     fields["block_row"][: len(row)] = row
     fields["block_start"][: len(row)] = (end - rows.count)[row] + number * buckets.block_q
     fields["logit_index"][: np.count_nonzero(rows.samples)] = end[rows.samples] - 1

@@ -15,7 +15,8 @@ from jaxengine.engine.batch import Buckets, build_batch
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.sequence import Request, Sequence
 from jaxengine.engine.slots import Rows
-from jaxengine.errors import EngineError, RequestError
+from jaxengine.engine.updates import PendingUpdate, turn_over
+from jaxengine.errors import EngineError, RequestError, WeightsDeletedError
 from jaxengine.step import PromptSpan, StepInputs, StepOutputs
 
 
@@ -75,16 +76,27 @@ class Engine:
         self._torn = False  # true while a step changes the books: an exception in between leaves them unusable
         self._committing: Seq[Sequence] = ()
         self._dead: Exception | None = None
+        self._update: PendingUpdate | None = None
+        self.asleep = 0  # the level; asleep it takes no requests and makes no steps
         self._enders = np.zeros(vocab_size, np.int32)  # by token: requests that it may stop
         self.prompt_tokens = self.generation_tokens = 0
         self.ended: Counter[str] = Counter()  # requests by finish reason, of n completions the first one's
 
     @property
     def has_work(self) -> bool:
-        return bool(self._requests) or bool(self._steps) or self.scheduler.has_work
+        return not self.asleep and (bool(self._requests or self._steps or self._update) or self.scheduler.has_work)
+
+    def check_awake(self) -> None:
+        """Raises EngineError while it sleeps."""
+        if self.asleep:
+            raise EngineError(f"the engine sleeps (level {self.asleep}): call wake_up() first")
 
     def check(self, request: Request) -> None:
-        """Raises RequestError for a request that could never run. Reads nothing that steps change: for any thread."""
+        """Raises RequestError for a request that could never run, EngineError while the engine sleeps.
+
+        Reads nothing that steps change: for any thread.
+        """
+        self.check_awake()
         if too_small := self.scheduler.too_small(request):
             needed, pages = too_small
             raise RequestError(
@@ -103,6 +115,7 @@ class Engine:
         request.queued_time = time.time()
         request.sequences = [Sequence(request, i) for i in range(request.params.n)]
         for sequence in request.sequences:
+            sequence.weight_versions = [(0, self.scheduler.weight_version)]
             self.sink.open(sequence, request.prompt_token_ids, request.params)
         self._requests[request.request_id] = request
         self._enders[self._stop_ids(request)] += 1
@@ -119,11 +132,16 @@ class Engine:
         self._mend()
         self._expire()
         try:
-            started = self._start()
+            self._change_weights()
+            started = not self.asleep and self._start()
             if self._steps and (len(self._steps) > self.steps_in_flight or not started):
                 self._commit(self._steps[0])
         except _DeviceFailure as failure:
             self._recover(failure)
+        except WeightsDeletedError as error:
+            self._restart()
+            for request in list(self._requests.values()):
+                self._end(request, "error", WeightsDeletedError(str(error)))
         news, self._news = self._news, {}
         return list(news)
 
@@ -151,14 +169,16 @@ class Engine:
         now = time.time()
         if outputs.prompt is not None:
             self._keep_prompt_logprobs(step, outputs)
-        assert outputs.tokens.shape[1] == 1
-        sampled = rows.slots[rows.samples]
+        sampled, counts = rows.slots[rows.samples], np.minimum(rows.count, rows.steps)[rows.samples]
         index = slots.live[sampled].nonzero()[0]  # what others drew after their end is dropped
-        drawn, tokens = sampled[index], outputs.tokens[:, 0][index]
-        slots.append(drawn, tokens, now)
-        self.generation_tokens += len(drawn)
+        drawn, tokens, counts = sampled[index], outputs.tokens[index], counts[index]
+        for i in (self._enders[tokens] > 0).any(axis=1).nonzero()[0].tolist():
+            counts[i] = _up_to_stop(slots.sequence[drawn[i]], tokens[i, : counts[i]].tolist())
+        slots.append(drawn, tokens, counts, now)
+        self.generation_tokens += int(counts.sum())
         self.scheduler.land(rows)
-        notable = (slots.attended | (slots.num_tokens >= slots.end))[drawn] | (self._enders[tokens] > 0)
+        last = tokens[np.arange(len(drawn)), counts - 1]
+        notable = (slots.attended | (slots.num_tokens >= slots.end))[drawn] | (self._enders[last] > 0)
         drawn, noted = drawn[notable], slots.sequence[drawn[notable]].tolist()
         slots.attended[drawn] = slots.followed[drawn]
         for sequence, i in zip(noted, index[notable].tolist(), strict=True):
@@ -166,7 +186,7 @@ class Engine:
             request.first_token_time, request.last_token_time = request.first_token_time or now, now
             if request.params.logprobs is not None:
                 _keep_logprobs(sequence, outputs, i)
-        self._apply_stops(noted, tokens[notable].tolist())
+        self._apply_stops(noted, last[notable].tolist())
         noted += self._end_scored(rows)
         for sequence in noted:
             if sequence.finished:
@@ -176,7 +196,7 @@ class Engine:
         self._torn, self._committing = False, ()
 
     def _apply_stops(self, drawn: list[Sequence], tokens: list[int]) -> None:
-        """Ends the sequences that drew a stop token or a stop string, or that have all their tokens."""
+        """Ends the sequences whose last token is a stop token, that have a stop string, or all their tokens."""
         stops = {
             sequence: token if _stops(sequence, token) else None for sequence, token in zip(drawn, tokens, strict=True)
         }
@@ -274,6 +294,62 @@ class Engine:
             "request_success": dict(self.ended),
         }
 
+    # -- other weights
+
+    def update_weights(self, update: PendingUpdate) -> None:
+        """Takes them up between two steps, as soon as the update's mode allows; `update.done` tells. One at a time."""
+        assert self._update is None
+        self._update = update
+        if update.mode == "wait":
+            update.awaited = list(self._requests.values())
+            self.scheduler.hold()
+
+    def _change_weights(self) -> None:
+        update = self._update
+        if update is None or not update.due:
+            return
+        while self._steps:  # tokens of the old weights
+            self._commit(self._steps[0])
+        try:
+            update.install()
+        except Exception as error:
+            if update.destructive:
+                raise  # without weights there is no going on
+            self.drop_update(error)
+            return
+        version = self.scheduler.weight_version + 1 if update.version is None else update.version
+        self.scheduler.change_weights(version)
+        report, emptied = turn_over(self._requests.values(), update, version)
+        for sequence in emptied:
+            self.sink.close(sequence, ())
+            self.sink.open(sequence, sequence.request.prompt_token_ids, sequence.params)
+        self._update = None
+        update.done.set_result(report)
+
+    def drop_update(self, error: Exception) -> None:
+        """Tells who waits for the update that it will not come."""
+        self.scheduler.release()
+        if self._update is not None:
+            self._update.done.set_exception(error)
+            self._update = None
+
+    def sleep(self, level: int) -> None:
+        """Unfinished requests keep their tokens, and wait; cache (1) and weights (2) may be taken from the runner."""
+        self._mend()
+        self.check_awake()
+        try:
+            while self._steps:
+                self._commit(self._steps[0])
+        except _DeviceFailure as failure:
+            self._recover(failure)
+        self.scheduler.change_weights(self.scheduler.weight_version)  # no page outlives the cache
+        self.asleep = level
+
+    def wake_up(self, update: PendingUpdate | None) -> None:
+        """The runner has a cache again; the update brings weights where they were given up."""
+        self.asleep, self._update = 0, update
+        self._change_weights()
+
     # -- failures
 
     @contextmanager
@@ -335,6 +411,14 @@ class Engine:
 
 def _stops(sequence: Sequence, token: int) -> bool:
     return token in sequence.request.stop_token_ids and sequence.num_output >= sequence.params.min_tokens
+
+
+def _up_to_stop(sequence: Sequence, tokens: list[int]) -> int:
+    """How many of its next tokens count: those up to the first that stops it."""
+    for count, token in enumerate(tokens, 1):
+        if token in sequence.request.stop_token_ids and sequence.num_output + count >= sequence.params.min_tokens:
+            return count
+    return len(tokens)
 
 
 def _keep_logprobs(sequence: Sequence, outputs: StepOutputs, i: int) -> None:

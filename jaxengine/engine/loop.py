@@ -140,6 +140,8 @@ class EngineLoop:
             commands, self._commands = self._commands, []
         for command in commands:  # someone may wait for one
             command()
+        if self._end is not None:
+            self._engine.drop_update(self._end)
         for request, _ in list(self._listeners.values()):
             try:
                 self._fail(request, self._end)

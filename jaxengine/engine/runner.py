@@ -14,15 +14,13 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.batch import Buckets
-from jaxengine.errors import EngineError
+from jaxengine.engine.device_weights import DeviceWeights
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
 from jaxengine.layers.attention import AttentionInputs, Implementation
-from jaxengine.models import build
 from jaxengine.request import MAX_LOGIT_BIAS
 from jaxengine.sampling import (
     SamplingFields,
@@ -48,6 +46,7 @@ from jaxengine.step import (
 logger = logging.getLogger(__name__)
 PROMPT_CHUNK = 128  # prompt tokens whose logits exist at a time
 SLOT_BATCH = 8  # slots written by one call
+COMPILERS = 2  # programs compiled beside one another: each takes memory of the device, see memory.compiling_bytes
 CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
 
 
@@ -80,8 +79,9 @@ class Flight:
     def result(self) -> StepOutputs:
         """Waits for the device. Raises what the device raised."""
         host: dict[str, Any] = jax.tree.map(np.asarray, dict(self._arrays))
-        tokens = host.pop("tokens", np.zeros(0, np.int32))[:, None]
-        return StepOutputs(tokens, np.ones(len(tokens), np.int32), **host, prompt_vocab=self._prompt_vocab)
+        tokens = host.pop("tokens", np.zeros(0, np.int32))
+        tokens = tokens if tokens.ndim == 2 else tokens[:, None]
+        return StepOutputs(tokens, **host, prompt_vocab=self._prompt_vocab)
 
 
 class Runner:
@@ -103,8 +103,7 @@ class Runner:
         mesh: Mesh,
         borrowed: bool = False,
     ):
-        """`borrowed`: someone else may delete `params`; that is looked for before each step."""
-        self._borrowed = borrowed
+        """`borrowed`: somebody else may delete `params`; each step looks before it reads them."""
         self.config, self.model, self.mesh, self.buckets = config, model, mesh, buckets
         self.groups, self.num_pages, self.cache_dtype = groups, num_pages, cache_dtype
         self.attention = cast(Implementation, attention)
@@ -113,19 +112,17 @@ class Runner:
         self.layer_group = tuple(
             next(g for g, group in enumerate(groups) if i in group.layers) for i in range(model.num_layers)
         )
-        self._graph, state = nnx.split(build(model, params, max_model_len))
-        self._leaves, self._tree = jax.tree.flatten(state)
+        self.weights = DeviceWeights(model, params, max_model_len, borrowed)
         self.vocab_size = model.vocab_size
         self._programs: dict[tuple, Any] = {}
         self._compiling: dict[tuple, Future] = {}
-        self._compiler = ThreadPoolExecutor(thread_name_prefix="jaxengine-compile")
+        self._compiler = ThreadPoolExecutor(COMPILERS, thread_name_prefix="jaxengine-compile")
         self.compilations = CompilationCounter()
         self.reset()
 
     def reset(self) -> None:
         """Fresh, empty device state: after a failure the donated arrays are gone."""
-        for name in ("_cache", "_slots", "_rules"):  # freed first: twice as much may not fit
-            vars(self).pop(name, None)
+        self.sleep(1)  # freed first: twice as much may not fit
         replicated = named_sharding(self.mesh)
         slots, columns = self.buckets.max_num_seqs + 1, -(-self.max_model_len // self.config.page_size)
 
@@ -146,23 +143,33 @@ class Runner:
             array((slots, MAX_LOGIT_BIAS), jnp.float32),
         )
 
+    def sleep(self, level: int) -> None:
+        """Gives up cache and slots (1), and the weights too (2); programs stay. `reset` makes the former again."""
+        for name in ("_cache", "_slots", "_rules"):
+            for array in jax.tree.leaves(vars(self).pop(name, ())):
+                array.delete()
+        if level > 1:
+            self.weights.drop()
+
     def close(self) -> None:
         """Frees the device memory that the engine made; parameters are freed when their owner drops them."""
-        for array in jax.tree.leaves((self._cache, self._slots, self._rules)):
-            array.delete()
+        self.sleep(2)
         self._compiler.shutdown(wait=False, cancel_futures=True)
-        self._leaves, self._programs, self._compiling = [], {}, {}
+        self._programs, self._compiling = {}, {}
         self.compilations.close()
 
     # -- one step
 
     def submit(self, inputs: StepInputs) -> Flight:
-        """Starts a step on the device and returns at once. Raises EngineError when the parameters were deleted."""
-        if self._borrowed and any(leaf.is_deleted() for leaf in self._leaves):
-            raise EngineError(
-                "the parameters that the engine was handed are deleted: a training step that donates them took them. "
-                "Hand it a copy (jax.tree.map(jnp.copy, params)), or make a new engine of the step's results"
-            )
+        """Starts a step on the device and returns at once. Raises WeightsDeletedError."""
+        self.weights.check()
+        try:
+            return self._submit(inputs)
+        except Exception:
+            self.weights.check()  # were they deleted just now?
+            raise
+
+    def _submit(self, inputs: StepInputs) -> Flight:
         if inputs.kind == "mixed":
             self._prepare(self._soon(inputs))
         self._write_slots(inputs.slot_writes)
@@ -174,33 +181,28 @@ class Runner:
         if inputs.kind == "decode":
             key = (inputs.bucket, inputs.mode)
             self._cache, last, tables, tokens = self._run(
-                "decode", key, self._leaves, self._cache, *self._slots, inputs.packed
+                "decode", key, self.weights.leaves, self._cache, *self._slots, inputs.packed
             )
             self._slots = self._slots._replace(last_token=last, tables=tables)
             return Flight({"tokens": tokens}, ())
         return self._submit_mixed(inputs)
 
     def _submit_mixed(self, inputs: StepInputs) -> Flight:
+        leaves, slots = self.weights.leaves, self._slots
         self._cache, tables, hidden, rows = self._run(
-            "mixed",
-            (inputs.bucket,),
-            self._leaves,
-            self._cache,
-            self._slots.last_token,
-            self._slots.tables,
-            inputs.packed,
+            "mixed", (inputs.bucket,), leaves, self._cache, slots.last_token, slots.tables, inputs.packed
         )
         self._slots = self._slots._replace(tables=tables)
         arrays: dict[str, Any] = {}
         if inputs.head_bucket is not None:
             key = (inputs.head_bucket, inputs.mode, inputs.whole_vocab)
             rules = self._rules if inputs.mode == "everything" else ()
-            last, rules, arrays = self._run("head", key, self._leaves, rows, *self._slots, rules, inputs.head_packed)
+            last, rules, arrays = self._run("head", key, leaves, rows, *self._slots, rules, inputs.head_packed)
             self._slots = self._slots._replace(last_token=last)
             self._rules = rules or self._rules
         spans = []
         if inputs.prompt_asked is not None:
-            found = self._run("prompt", (inputs.bucket.tokens,), self._leaves, hidden, inputs.prompt_asked)
+            found = self._run("prompt", (inputs.bucket.tokens,), leaves, hidden, inputs.prompt_asked)
             arrays = {**arrays, "prompt": found}
             # The whole vocabulary goes to the host chunk by chunk: on the device it would not fit.
             whole = [(span.token, span.token + span.count) for span in inputs.prompt_spans if span.whole]
@@ -212,8 +214,8 @@ class Runner:
         parts = []
         for first in range(start, end, chunk):
             first_row = min(first, hidden.shape[0] - chunk)
-            part = np.asarray(self._run("prompt_vocab", (hidden.shape[0],), self._leaves, hidden, np.int32(first_row)))
-            parts.append(part[first - first_row : min(end, first + chunk) - first_row])
+            part = self._run("prompt_vocab", hidden.shape[:1], self.weights.leaves, hidden, np.int32(first_row))
+            parts.append(np.asarray(part)[first - first_row : min(end, first + chunk) - first_row])
         return np.concatenate(parts)
 
     def _write_slots(self, writes: Sequence[SlotWrite]) -> None:
@@ -283,25 +285,29 @@ class Runner:
         jitted = jax.jit(partial(function, *key), donate_argnums=donated, out_shardings=out, compiler_options=options)
         return jitted.lower(*self._arguments(name, key))
 
-    def _model(self, leaves: Sequence[jax.Array]) -> Any:
-        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
-
     def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, packed):
-        """One new token for each row, head and sampler included."""
+        """`bucket.steps` new tokens for each row [rows, steps], head and sampler included."""
         step = unpack("decode", bucket, packed)
         tables = _update_tables(tables, step["page_updates"])
-        lengths, slots = step["lengths"], step["slots"]
-        positions = jnp.maximum(lengths - 1, 0)
-        tokens = jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
-        row_tables = tuple(table[slots] for table in tables)
-        page, offset = self._places(row_tables, jnp.where(lengths > 0, jnp.arange(bucket.rows), -1), positions)
-        inputs = AttentionInputs(positions, page, offset, row_tables, lengths, None, None, None, None,
-                                 self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
-        model = self._model(leaves)
-        x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
-        fields = _sampling_fields(ints[slots], floats[slots], lengths)
-        drawn = sample(model.head(x), fields, mode, 0, self.logprobs_mode).tokens
-        return cache, last_token.at[slots].set(drawn), tables, drawn
+        slots = step["slots"]
+        row_tables, ints, floats = tuple(table[slots] for table in tables), ints[slots], floats[slots]
+
+        def next_tokens(carry, number):
+            cache, tokens = carry
+            lengths = jnp.where(number < step["counts"], step["lengths"] + number, 0)
+            positions = jnp.maximum(lengths - 1, 0)
+            page, offset = self._places(row_tables, jnp.where(lengths > 0, jnp.arange(bucket.rows), -1), positions)
+            inputs = AttentionInputs(positions, page, offset, row_tables, lengths, None, None, None, None,
+                                     self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
+            model = self.weights.module(leaves)
+            x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
+            fields = _sampling_fields(ints, floats, lengths)
+            drawn = sample(model.head(x), fields, mode, 0, self.logprobs_mode).tokens
+            return (cache, drawn), drawn
+
+        start = cache, jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
+        (cache, last), drawn = jax.lax.scan(next_tokens, start, jnp.arange(bucket.steps))
+        return cache, last_token.at[slots].set(last), tables, drawn.T
 
     def _mixed(self, bucket, leaves, cache, last_token, tables, packed):
         """Rows of one token and chunks of prompts in one flat batch; the head comes in a program of its own."""
@@ -314,7 +320,7 @@ class Runner:
         inputs = AttentionInputs(positions, page, offset, row_tables, step["lengths"], step["q_start"], step["q_len"],
                                  step["block_row"], step["block_start"],
                                  self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
-        model = self._model(leaves)
+        model = self.weights.module(leaves)
         x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
         rows = x[step["logit_index"]]
         return cache, tables, x, jnp.pad(rows, ((0, self.buckets.max_num_seqs - len(rows)), (0, 0)))
@@ -329,7 +335,7 @@ class Runner:
         """Logits and sampling for the first rows of `rows`."""
         step = unpack("head", bucket, packed)
         slots = step["slots"]
-        logits = self._model(leaves).head(rows[: bucket.rows])
+        logits = self.weights.module(leaves).head(rows[: bucket.rows])
         fields = _sampling_fields(ints[slots], floats[slots], step["positions"], slots, rules)
         top = self.config.max_logprobs if mode == "everything" else 0
         drawn = sample(logits, fields, mode, top, self.logprobs_mode, whole_vocab)
@@ -340,12 +346,12 @@ class Runner:
         return last_token, rules, drawn._asdict()
 
     def _prompt(self, tokens, leaves, hidden, asked):
-        head = self._model(leaves).head
+        head = self.weights.module(leaves).head
         return prompt_logprobs(hidden, head, asked[0], asked[1], self.config.max_logprobs, min(PROMPT_CHUNK, tokens))
 
     def _prompt_vocab(self, tokens, leaves, hidden, first):
         chunk = jax.lax.dynamic_slice_in_dim(hidden, first, min(PROMPT_CHUNK, tokens))
-        return prompt_vocab_logprobs(chunk, self._model(leaves).head)
+        return prompt_vocab_logprobs(chunk, self.weights.module(leaves).head)
 
     # -- warm-up
 
@@ -364,14 +370,16 @@ class Runner:
         if inputs.head_bucket is not None:
             programs.append(("head", (inputs.head_bucket, inputs.mode, inputs.whole_vocab)))
             if inputs.mode != "everything":
-                programs.append(("decode", (self.buckets.decode(inputs.head_bucket.rows), inputs.mode)))
+                buckets = (self.buckets.decode(inputs.head_bucket.rows, steps) for steps in self.buckets.steps)
+                programs += [("decode", (bucket, inputs.mode)) for bucket in buckets]
         return programs
 
     def _all_keys(self) -> list[tuple[str, tuple]]:
         """(name, static key) of every program."""
         keys: list[tuple[str, tuple]] = []
         for rows in self.buckets.rows:
-            keys += [("decode", (self.buckets.decode(rows), mode)) for mode in MODES[:2]]
+            for steps in self.buckets.steps:
+                keys += [("decode", (self.buckets.decode(rows, steps), mode)) for mode in MODES[:2]]
             modes = (*((mode, False) for mode in MODES), ("everything", True))
             keys += [("head", (self.buckets.head(rows), *mode)) for mode in modes]
         for tokens in self.buckets.tokens:
@@ -380,7 +388,7 @@ class Runner:
 
     def _arguments(self, name: str, key: tuple) -> tuple:
         """What the program is lowered for: the live arrays, and stand-ins for what comes with a step."""
-        slots, rules, leaves = self._slots, self._rules, self._leaves
+        slots, rules, leaves = self._slots, self._rules, self.weights.leaves
 
         def hidden(rows: int) -> jax.ShapeDtypeStruct:
             shape = (rows, self.model.hidden_size)

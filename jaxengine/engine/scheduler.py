@@ -13,6 +13,7 @@ from jaxengine.engine.sequence import Request, Sequence
 from jaxengine.engine.slots import Rows, SlotTable, spread
 from jaxengine.errors import ConfigError
 from jaxengine.kv_cache import CacheGroup
+from jaxengine.step import MODES
 
 MAX_DEFERRED = 64  # waiting sequences that one step finds to share a prefix that is being computed: each is hashed
 
@@ -36,6 +37,7 @@ class Scheduler:
         max_model_len: int,
         enable_prefix_caching: bool = True,
         priority_aging_steps: int = 256,
+        steps_per_call: int = 1,
     ):
         if max_num_seqs > max_num_batched_tokens:
             raise ConfigError(
@@ -46,7 +48,9 @@ class Scheduler:
         self.page_size, self.max_num_batched_tokens = page_size, max_num_batched_tokens
         self.max_model_len = max_model_len
         self.enable_prefix_caching, self.priority_aging_steps = enable_prefix_caching, priority_aging_steps
-        self.weight_version = 0  # who changes it calls `reset_prefix_cache` next
+        self.steps_per_call = steps_per_call
+        self.weight_version = 0
+        self._held: list[Sequence] | None = None  # arrivals that wait for other weights; None: they need not
         self._steps = self._arrivals = 0
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0
         self.restart(())
@@ -64,8 +68,11 @@ class Scheduler:
         self._waiting: list[tuple[tuple, Sequence]] = []  # heap by rank; finished ones are passed over
         self._computing: dict[bytes, Sequence] = {}  # prompt pages that a running sequence is computing just now
         self._deferred: dict[bytes, list[Sequence]] = {}  # waiting, by the page they wait for, one of these
+        held = set(self._held or ())
+        self.num_waiting += sum(sequence in held for sequence in sequences)
         for sequence in sequences:
-            self._wait(sequence)
+            if sequence not in held:
+                self._wait(sequence)
 
     # -- arrivals and departures
 
@@ -75,7 +82,11 @@ class Scheduler:
         request.rank = (request.priority * self.priority_aging_steps + self._steps, self._arrivals)
         self._arrivals += 1
         for sequence in request.sequences:
-            self._wait(sequence)
+            if self._held is None:
+                self._wait(sequence)
+            else:
+                self.num_waiting += 1
+                self._held.append(sequence)
 
     def _wait(self, sequence: Sequence) -> None:
         self.num_waiting += 1
@@ -94,6 +105,24 @@ class Scheduler:
             self.draining.add(slot)
         else:
             self._free(slot)
+
+    def hold(self) -> None:
+        """Who arrives from now on is not admitted before `release`, or other weights."""
+        self._held = []
+
+    def release(self) -> None:
+        held, self._held = self._held or [], None
+        for sequence in held:
+            if not sequence.finished:
+                heapq.heappush(self._waiting, (sequence.rank, sequence))
+
+    def change_weights(self, version: int) -> None:
+        """No flight is on its way. What runs gives up its pages: none ever holds what two versions wrote."""
+        for sequence in list(self.running):
+            self._preempt(sequence)
+        self.weight_version = version
+        self.release()
+        self.reset_prefix_cache()
 
     @property
     def has_work(self) -> bool:
@@ -125,6 +154,9 @@ class Scheduler:
         for i in chunks:
             count[i] = min(missing[i], budget)
             budget -= int(count[i])
+        steps = 1
+        if len(chunks) == 0 and (several := self._several_steps(slots, count > 0, room)) is not None:
+            count, steps = several, self.steps_per_call
         number = self._reserve(slots, count - room)
         runs = count[:number].nonzero()[0]
         chosen, tokens = slots[runs], count[runs]
@@ -134,23 +166,38 @@ class Scheduler:
             if admitted := list(self._admissions(budget)):
                 chosen = np.append(chosen, [slot for slot, _ in admitted])
                 tokens = np.append(tokens, [count for _, count in admitted])
-        return self._advance(chosen, tokens)
+        return self._advance(chosen, tokens, steps)
+
+    def _several_steps(self, slots: np.ndarray, runs: np.ndarray, room: np.ndarray) -> np.ndarray | None:
+        """Tokens of each slot when those that run draw `steps_per_call` ones, or all they have left, in one call.
+
+        None where a single step is due: somebody could be admitted, a row does more than draw, there are no pages.
+        """
+        table = self.slots
+        left = (table.end - table.num_drawn)[slots]
+        plain = (table.num_drawn >= table.num_tokens)[slots] & (table.mode < MODES.index("everything"))[slots]
+        count = np.where(runs, np.minimum(left, self.steps_per_call), 0)
+        admits = self.num_waiting > 0 and len(self.slots.free) > 0
+        if count.max(initial=0) < max(2, self.steps_per_call) or admits or not plain[runs].all():
+            return None
+        pages = -(-np.maximum(count - room, 0) // self.page_size)
+        return count if pages.sum() <= self._num_free else None
 
     def _slots_by_rank(self) -> np.ndarray:
         if self._ranked is None:
             self._ranked = np.array([sequence.slot for sequence in self.running], int)
         return self._ranked
 
-    def _advance(self, slots: np.ndarray, count: np.ndarray) -> Rows:
+    def _advance(self, slots: np.ndarray, count: np.ndarray, steps: int) -> Rows:
         table = self.slots
         start, drawn = table.num_computed[slots], table.num_drawn[slots]
         end = start + count
-        complete = end == drawn
+        complete = end >= drawn
         samples = complete & (drawn >= table.num_tokens[slots])  # else the next token is known
         table.num_computed[slots] = end
-        table.num_drawn[slots] = drawn + complete
+        table.num_drawn[slots] = np.where(complete, end + 1, drawn)
         table.flights[slots] += 1
-        return Rows(slots, start, count, samples)
+        return Rows(slots, start, count, samples, steps)
 
     def _reserve(self, slots: np.ndarray, tokens: np.ndarray) -> int:
         """Pages for so many more tokens of the slots by rank, taken from the lowest ranks if need be.
@@ -389,9 +436,10 @@ class Scheduler:
         for slot in running:
             assert table.num_computed[slot] <= table.columns[slot] * self.page_size
             assert table.num_computed[slot] < table.num_drawn[slot] <= table.end[slot]
-            assert 0 <= table.in_flight(slot) <= table.flights[slot]
+            assert 0 <= table.in_flight(slot) <= table.flights[slot] * self.steps_per_call
         assert all(content in s.hashes and s in self.running for content, s in self._computing.items())
         assert self._deferred.keys() <= self._computing.keys()
         waiting = [s for _, s in self._waiting] + [s for deferred in self._deferred.values() for s in deferred]
+        waiting += self._held or []
         assert len(set(waiting)) == len(waiting) and not any(s.slot is not None for s in waiting)
         assert self.num_waiting == sum(not s.finished for s in waiting), "a waiting sequence is lost"

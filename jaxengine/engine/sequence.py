@@ -37,6 +37,7 @@ class Sequence:
     cumulative_logprob: float = 0.0
     logprobs: list[tuple] = field(default_factory=list)  # per output token: logprob, rank, top ids, top logprobs
     prompt_logprobs: list[tuple] = field(default_factory=list)  # per prompt position from the first one asked for
+    weight_versions: list[tuple[int, int]] = field(default_factory=list)  # first output token of a span, its version
     _table: SlotTable | None = None  # of its slot
     _tokens: np.ndarray = field(init=False)
 
@@ -70,6 +71,19 @@ class Sequence:
             if last := float(table.last_token_time[slot]):
                 self.request.last_token_time = max(last, self.request.last_token_time or last)
         self._table, self.slot, self.hashes = None, None, []
+
+    def start_over(self, version: int) -> None:
+        """Waits with its prompt only, as if it had never run, for weights of this version."""
+        assert self._table is None
+        self._tokens = self._tokens[: self.num_prompt].copy()
+        self.num_read, self.text, self.cumulative_logprob = 0, "", 0.0
+        self.logprobs, self.prompt_logprobs, self.weight_versions = [], [], [(0, version)]
+
+    def go_on(self, version: int) -> None:
+        """Keeps its tokens; further ones are drawn from weights of this version."""
+        # Without those that drew nothing: two updates may come with no token between them.
+        drawn = [span for span in self.weight_versions if span[0] < self.num_output]
+        self.weight_versions = [*drawn, (self.num_output, version)]
 
     @property
     def tokens(self) -> np.ndarray:

@@ -7,18 +7,22 @@ import numpy as np
 
 @dataclass(eq=False, slots=True)
 class Rows:
-    """Rows of a step: `count` tokens of each slot from `start` on; `samples` when they reach the sequence's end."""
+    """Rows of a step: `count` tokens of each slot from `start` on; `samples` when they reach the sequence's end.
+
+    With several `steps` each row draws as many tokens as it computes, one after another.
+    """
 
     slots: np.ndarray  # int [rows]
     start: np.ndarray
     count: np.ndarray
     samples: np.ndarray  # bool [rows]
+    steps: int = 1
 
     def __len__(self) -> int:
         return len(self.slots)
 
     def __getitem__(self, index: np.ndarray) -> "Rows":
-        return Rows(self.slots[index], self.start[index], self.count[index], self.samples[index])
+        return Rows(self.slots[index], self.start[index], self.count[index], self.samples[index], self.steps)
 
 
 class SlotTable:
@@ -58,11 +62,11 @@ class SlotTable:
         # Python looks at its next token: it is followed, or this is the first since it runs.
         self.attended = zeros(bool)
 
-    def append(self, slots: np.ndarray, tokens: np.ndarray, now: float) -> None:
-        """A token for each of these slots was in flight and is known now."""
-        place = self.num_tokens[slots]
-        self.tokens[slots, place] = tokens
-        self.num_tokens[slots] = place + 1
+    def append(self, slots: np.ndarray, tokens: np.ndarray, counts: np.ndarray, now: float) -> None:
+        """The first counts[i] of tokens[i] were in flight for slots[i] and are known now."""
+        place, owner = spread(self.num_tokens[slots], counts)
+        self.tokens[slots[owner], place] = tokens[np.arange(tokens.shape[1]) < counts[:, None]]
+        self.num_tokens[slots] += counts
         self.last_token_time[slots] = now
 
     def in_flight(self, slot: int) -> int:

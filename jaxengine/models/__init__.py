@@ -4,8 +4,9 @@ The canonical layout is public: a flat dict from a dotted path to an array, unfu
 transformers has them (`layers.0.self_attn.q_proj.kernel`). `prepare` turns it into what the step runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ FAMILIES = {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama, "g
 
 # Kernels with the same input that `prepare` joins into one.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+GROUPS = {"qkv", "gate_up"}  # Projections: nodes of a module's state that canonical paths do without
 
 
 def family(config: ModelConfig) -> ModuleType:
@@ -52,6 +55,17 @@ def nest(params: Mapping[str, jax.Array]) -> dict:
             node = node.setdefault(name, {})
         node[leaf] = value
     return tree
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The reverse of `nest`, for nested mappings and lists of arrays (an nnx.State too): dotted paths and arrays."""
+    if isinstance(tree, nnx.Variable):
+        tree = tree.get_value()
+    if isinstance(tree, Mapping | list | tuple):
+        for name, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            yield from flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, tree
 
 
 def prepare(

@@ -19,6 +19,7 @@ from jaxengine.weights.hub import TOKENIZER_FILES, locate
 
 log = logging.getLogger(__name__)
 
+HEAD, EMBEDDING = "lm_head.kernel", "embed_tokens.embedding"
 FORMATS = ("auto", "safetensors", "gguf", "orbax", "dummy")
 ORBAX = "params"  # folder of the canonical parameters, beside config.json
 # generation_config.json -> SamplingParams; `do_sample` comes last, since it overrules the temperature.
@@ -37,7 +38,7 @@ NOT_APPLIED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint; its weights are still on the disk."""
+    """An open checkpoint; its weights are still on the disk, or a trainer's."""
 
     path: Path
     format: str  # safetensors | gguf | orbax | dummy | memory
@@ -47,7 +48,7 @@ class Checkpoint:
     hf_config: Mapping[str, Any] = field(repr=False, default_factory=dict)  # config.json, overrides included
     generation_config: Mapping[str, Any] = field(repr=False, default_factory=dict)
     reader: Any = field(repr=False, default=None)  # names() and read(name) of its tensors; None for the others
-    arrays: Mapping[str, Any] = field(repr=False, default_factory=dict)  # those in memory, by canonical name
+    arrays: Mapping[str, Any] = field(repr=False, default_factory=dict)  # in memory: in_memory.Leaf by canonical name
 
 
 def open_checkpoint(

@@ -14,8 +14,8 @@ from jaxengine.config import ModelConfig
 from jaxengine.errors import CheckpointError
 from jaxengine.models import param_specs
 from jaxengine.sharding import ParamSpec, named_sharding
-from jaxengine.weights.checkpoint import Checkpoint, raise_faults
-from jaxengine.weights.in_memory import EMBEDDING, HEAD, place
+from jaxengine.weights import in_memory
+from jaxengine.weights.checkpoint import EMBEDDING, HEAD, Checkpoint, raise_faults
 
 # Threads that load, and so tensors that the host holds at a time. On a CPU they only got in each other's way.
 READERS = {"cpu": 1, "gpu": 8}
@@ -23,17 +23,24 @@ OnTensor = Callable[[int, int], None]
 
 
 def load_params(
-    checkpoint: Checkpoint, dtype: str, mesh: jax.sharding.Mesh, *, seed: int = 0, on_tensor: OnTensor | None = None
+    checkpoint: Checkpoint,
+    dtype: str,
+    mesh: jax.sharding.Mesh,
+    *,
+    seed: int = 0,
+    borrow: bool = False,
+    on_tensor: OnTensor | None = None,
 ) -> dict[str, jax.Array]:
     """Every canonical parameter in `dtype`, committed to its sharding on `mesh`.
 
-    `seed` is for random weights. `on_tensor(done, total)` is called as tensors arrive. Raises CheckpointError naming
-    all tensors that are missing, unexpected, of the wrong shape or of a dtype that is not served, before any is read.
+    `seed` is for random weights. `borrow`: parameters in memory that are as they should be are not copied.
+    `on_tensor(done, total)` is called as tensors arrive. Raises CheckpointError naming all tensors that are missing,
+    unexpected, of the wrong shape or of a dtype that is not served, before any is read.
     """
     specs = param_specs(checkpoint.config)
     report = on_tensor or (lambda done, total: None)
     if checkpoint.format == "memory":
-        params = place(checkpoint.arrays, specs, dtype, mesh)
+        return in_memory.place(checkpoint.arrays, specs, dtype, mesh, borrow, report)
     elif checkpoint.format == "dummy":
         from jaxengine.weights.dummy import random_params
 
@@ -49,6 +56,20 @@ def load_params(
             raise CheckpointError(str(error)) from error
     report(len(params), len(params))
     return params
+
+
+def check_params(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError as `load_params` would, reading names, shapes and dtypes only."""
+    specs = param_specs(checkpoint.config)
+    if checkpoint.format == "orbax":
+        from jaxengine.weights.orbax_format import check
+
+        check(checkpoint.path, specs)
+    elif checkpoint.format in ("safetensors", "gguf"):
+        try:
+            plan_tensors(checkpoint, specs)
+        except ConversionError as error:
+            raise CheckpointError(str(error)) from error
 
 
 def _stream(

@@ -1,6 +1,6 @@
 """Canonical parameters as an Orbax checkpoint: the tree of their dotted paths, in the folder `params`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxengine.errors import CheckpointError
-from jaxengine.models import nest
+from jaxengine.models import flatten, nest
 from jaxengine.sharding import ParamSpec, named_sharding
 from jaxengine.weights.checkpoint import ORBAX, raise_faults
 
@@ -20,10 +20,24 @@ def save(folder: Path, params: Mapping[str, jax.Array]) -> None:
         checkpointer.save((folder / ORBAX).absolute(), nest(params))
 
 
-def restore(folder: Path, specs: Mapping[str, ParamSpec], dtype: str, mesh: Mesh) -> dict[str, jax.Array]:
-    """Straight to the devices and to `dtype`. Raises CheckpointError with everything that is not as `specs` say."""
+def check(folder: Path, specs: Mapping[str, ParamSpec]) -> None:
+    """Raises CheckpointError with everything that is not as `specs` say; reads no weights."""
     import orbax.checkpoint as ocp
 
+    path = (folder / ORBAX).absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = dict(flatten(checkpointer.metadata(path).item_metadata.tree))
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise CheckpointError(f"{path}: not a complete Orbax checkpoint: {error}") from error
+    raise_unlike(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, specs)
+
+
+def restore(folder: Path, specs: Mapping[str, ParamSpec], dtype: str, mesh: Mesh) -> dict[str, jax.Array]:
+    """Straight to the devices and to `dtype`. Raises CheckpointError, see `check`."""
+    import orbax.checkpoint as ocp
+
+    check(folder, specs)
     path = (folder / ORBAX).absolute()
     want: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=named_sharding(mesh, spec.axes))
@@ -31,12 +45,7 @@ def restore(folder: Path, specs: Mapping[str, ParamSpec], dtype: str, mesh: Mesh
     }
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = by_name(checkpointer.metadata(path).item_metadata.tree)
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise CheckpointError(f"{path}: not a complete Orbax checkpoint: {error}") from error
-        raise_unlike(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, specs)
-        try:
-            return by_name(checkpointer.restore(path, nest(want)))
+            return dict(flatten(checkpointer.restore(path, nest(want))))
         except Exception as error:
             raise CheckpointError(f"{path}: cannot be read, it may be damaged: {error}") from error
 
@@ -51,20 +60,3 @@ def raise_unlike(path: Path, shapes: Mapping[str, tuple[int, ...]], specs: Mappi
         if name in specs and shape != specs[name].shape
     ]
     raise_faults(path, faults)
-
-
-def by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `nest`."""
-    return {".".join(path): leaf for path, leaf in leaves(tree)}
-
-
-def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(names on the way, leaf) of every leaf of nested mappings, lists and tuples."""
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            yield from leaves(value, (*path, *str(name).split(".")))
-    elif isinstance(tree, list | tuple):
-        for i, value in enumerate(tree):
-            yield from leaves(value, (*path, str(i)))
-    else:
-        yield path, tree

@@ -122,7 +122,7 @@ def test_ends_are_banned_until_min_tokens_although_tokens_are_in_flight():
     assert 7 in banned_tokens(sequence, 2)
     assert 7 not in banned_tokens(sequence, 3)
     table = placed(sequence, 0, [])
-    table.append(np.array([0]), np.array([2]), now=1.0)
+    table.append(np.array([0]), np.array([[2]]), np.array([1]), now=1.0)
     assert banned_tokens(sequence, 3) == {4}
 
 

@@ -81,7 +81,7 @@ def test_close_gives_the_memory_back():
     before = device_bytes()
     with fresh_llm() as llm:
         cache = sum(pool.nbytes for pool in jax.tree.leaves(llm._runner._cache))
-        weights = sum(leaf.nbytes for leaf in llm._runner._leaves)
+        weights = sum(leaf.nbytes for leaf in llm._runner.weights.leaves)
         tokens(llm)
         assert device_bytes() - before >= cache + weights
     assert llm is not None and device_bytes() - before < 4096

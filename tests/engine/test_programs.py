@@ -12,7 +12,7 @@ from tests.tiny_llm import OPTIONS, model_folder
 
 @pytest.fixture(scope="module", params=["llama", pytest.param("windows", marks=pytest.mark.full)])
 def runner(request):
-    with LLM(model_folder(request.param), warmup=True, **OPTIONS) as llm:
+    with LLM(model_folder(request.param), warmup=True, steps_per_call=3, **OPTIONS) as llm:
         yield llm._runner
 
 
@@ -43,10 +43,10 @@ def test_a_second_process_compiles_nothing(tmp_path):
 
 def test_the_decode_step_is_compiled_beside_the_first_prompts():
     params = SamplingParams(temperature=0, max_tokens=1)
-    with LLM(model_folder(), **OPTIONS) as llm:
+    with LLM(model_folder(), steps_per_call=2, **OPTIONS) as llm:
         llm.generate([[5, 6, 7]], params, use_tqdm=False)
-        assert [key[0] for key in llm._runner._compiling] == ["decode"]
+        assert [key[0] for key in llm._runner._compiling] == ["decode", "decode"]
         assert not any(key[0] == "decode" for key in llm._runner._programs)
-        llm.generate([[5, 6, 7]], replace(params, max_tokens=3), use_tqdm=False)
+        llm.generate([[5, 6, 7]], replace(params, max_tokens=4), use_tqdm=False)
         assert not llm._runner._compiling
-        assert sorted(key[0] for key in llm._runner._programs) == ["decode", "head", "mixed", "write_slots"]
+        assert sorted(key[0] for key in llm._runner._programs) == ["decode", "decode", "head", "mixed", "write_slots"]

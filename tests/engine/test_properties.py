@@ -68,7 +68,7 @@ def workloads(draw, faults=False):
         windows=windows, pages=[count + spare for count in needed], page_size=page_size, max_num_seqs=slots,
         max_num_batched_tokens=budget, flights=draw(st.sampled_from([0, 1, 2])), vocab=VOCAB,
         enable_prefix_caching=draw(st.booleans()), block_q=draw(st.sampled_from([1, 4])),
-        priority_aging_steps=draw(st.sampled_from([1, 256])), fail=fail,
+        priority_aging_steps=draw(st.sampled_from([1, 256])), steps_per_call=draw(st.sampled_from([1, 3])), fail=fail,
     )  # fmt: skip
     return engine, requests, draw(st.integers(0, 2**32))
 
@@ -91,7 +91,7 @@ def run(engine, arrivals, on_step=lambda step: None, limit=3000):
 def assert_as_alone(engine, request):
     windows = [group.window for group in engine.scheduler.groups]
     for i, sequence in enumerate(request.sequences):
-        alone = expected(request, windows, VOCAB, i)
+        alone = expected(request, windows, VOCAB, i, sequence.weight_versions)
         assert sequence.output() == alone.tokens
         assert sequence.finish_reason == alone.reason
         assert sequence.text == "".join(
@@ -103,6 +103,7 @@ def assert_as_alone(engine, request):
             assert all(len(row[2]) == (VOCAB if wanted == -1 else wanted) for row in sequence.logprobs)
     if request.params.prompt_logprobs is not None:
         rows = request.sequences[0].prompt_logprobs
+        alone = expected(request, windows, VOCAB, 0, request.sequences[0].weight_versions)
         assert [row[0] for row in rows] == pytest.approx(alone.prompt_logprobs)
         wanted = request.params.prompt_logprobs
         for row in rows:
@@ -208,6 +209,26 @@ def test_all_of_it_at_once_and_it_took_place(flights, caching):
     assert engine.runner.chunks > 0 and {kind for kind, _ in engine.runner.kinds} == {"decode", "mixed"}
     assert (engine.scheduler.prefix_hits > 0) == caching
     assert engine.runner.max_flying == flights + 1
+
+
+@pytest.mark.parametrize("flights", [0, 1, 2])
+@pytest.mark.parametrize("windows", [(None,), (None, 6)])
+def test_several_steps_a_call_end_where_single_steps_do(flights, windows):
+    ends: list[dict] = [{"max_tokens": n} for n in (1, 7, 11)]
+    ends += [{"eos": (e,), "max_tokens": 40} for e in (3, 8)] + [{"stop": ["c", "k"], "max_tokens": 40}]
+    ends += [{"stop_token_ids": [5, 6], "max_tokens": 40}, {"max_tokens": 30, "temperature": 1.0}]
+
+    def run_all(steps_per_call):
+        engine = make_engine(windows=windows, flights=flights, steps_per_call=steps_per_call, page_size=2, pages=200)
+        requests = [make_request(i, [i, 2, 3], **end) for i, end in enumerate(ends)]
+        run(engine, [(i, request) for i, request in enumerate(requests)])
+        assert_nothing_is_held(engine)
+        assert engine.runner.most_steps == steps_per_call
+        own = [request.sequences[0] for request in requests]
+        return engine.generation_tokens, [(s.output(), s.text, s.finish_reason, s.stop_reason) for s in own]
+
+    assert run_all(5)[1] == run_all(1)[1]
+    assert {reason for *_, reason, _ in run_all(5)[1]} == {"stop", "length"}
 
 
 def test_timeout_by_the_clock():

@@ -13,7 +13,9 @@ import pytest
 
 import pallas_kernels as kernels
 from jaxengine.layers.activation import ACTIVATIONS, ERF
+from pallas_kernels import paged_extend_mosaic as mosaic
 from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
+from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
 from tests.pallas_kernels.cases import (
     Case,
     decode_inputs,
@@ -26,6 +28,7 @@ from tests.pallas_kernels.cases import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")]
 
+KIND = jax.devices()[0].device_kind
 # TF32 products would give about 3e-4; bfloat16 ones give 2e-3 to 6e-3.
 LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 OPTIONS = {
@@ -47,6 +50,15 @@ EXTEND = [
     for lengths, new_tokens in [choice.pop("rows")]
 ]
 EXTEND += [Case(head_dim=dim, group=3, dtype="float16", lengths=(1, 70), new_tokens=(0, 40)) for dim in (32, 80)]
+# Ends of rows within tiles and pages of every kind, and a group and blocks that the tiles do not divide.
+MANY_ROWS = {"lengths": (300, 65, 129, 70, 1000), "new_tokens": (300, 65, 129, 64, 2), "dtype": "bfloat16"}
+EXTEND += [
+    Case(head_dim=128, group=4, kv_heads=8, block_q=64, **MANY_ROWS),
+    Case(head_dim=128, group=4, page_size=8, block_q=64, **MANY_ROWS),
+    Case(head_dim=128, group=3, window=100, block_q=128, **MANY_ROWS),
+    Case(head_dim=64, group=1, window=1, softcap=3.0, page_size=128, block_q=96, **MANY_ROWS),
+    Case(head_dim=256, group=2, block_q=64, **MANY_ROWS),
+]
 WRITE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim")} | {
     "page_size": [16, 128],
     "kv_heads": [1, 3, 8],
@@ -54,13 +66,17 @@ WRITE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim")} | {
 WRITE = [Case(**choice) for choice in pairwise(WRITE_OPTIONS)]
 ROPE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim", "group")} | WRITE_OPTIONS
 ROPE = [Case(**choice) for choice in pairwise(ROPE_OPTIONS)]
-OPS = {"paged_decode": DECODE, "paged_extend": EXTEND, "kv_write": WRITE, "rope_write": ROPE, "add_rms_norm": WRITE}
+HOPPER = "H100" in KIND or "H200" in KIND
+BY_MOSAIC = [case for case in EXTEND if case.dtype != "float32" and case.head_dim in (64, 128, 256)]
+OPS = {"paged_decode": DECODE, "paged_extend": EXTEND, "paged_extend by Mosaic": BY_MOSAIC if HOPPER else []}
+OPS |= {"kv_write": WRITE, "rope_write": ROPE, "add_rms_norm": WRITE}
 ACTIVATED = [(name, dtype) for name in ACTIVATIONS if ACTIVATIONS[name] is not ERF for dtype in ("bfloat16", "float32")]
 CASES = [(op, case) for op, cases in OPS.items() for case in cases]
 
 
 def compare(op: str, case: Case, seed: int, **tuning) -> tuple:
     """The kernel's result and the reference's on the same inputs."""
+    op, _, by_mosaic = op.partition(" by ")
     kernel, reference = getattr(kernels, op), getattr(kernels, f"{op}_reference")
     if op == "kv_write":
         args, options = write_inputs(case, tokens=200, seed=seed), {}
@@ -74,6 +90,8 @@ def compare(op: str, case: Case, seed: int, **tuning) -> tuple:
         args, options = decode_inputs(case, seed), case.options
     else:
         args, options = extend_inputs(case, seed), case.options | {"block_q": case.block_q}
+        config = mosaic.TuningConfig.from_shapes(*args[:2]) if by_mosaic else None
+        tuning = {"tuning": config or ExtendTuning.from_shapes(*args[:2], case.block_q)} | tuning
     out = kernel(*jax.device_put(args, jax.devices("gpu")[0]), **options, **tuning)
     return jax.device_get((out, reference(*jax.device_put(args, jax.devices("cpu")[0]), **options)))
 
@@ -114,6 +132,14 @@ def test_decode_tuning_keeps_the_result(block_kv, parts):
     out, expected = compare(
         "paged_decode", case, 0, tuning=DecodeTuning(block_kv, parts, num_warps=4, min_part=block_kv)
     )
+    assert relative_error(out, expected) < LIMIT["bfloat16"]
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs Hopper")
+@pytest.mark.parametrize("tuning", [(128, 2, 1), (64, 4, 2), (64, 3, 1)], ids=str)
+def test_mosaic_tuning_keeps_the_result(tuning):
+    case = Case(head_dim=128, group=4, block_q=64, **MANY_ROWS)
+    out, expected = compare("paged_extend", case, 0, tuning=mosaic.TuningConfig(*tuning))
     assert relative_error(out, expected) < LIMIT["bfloat16"]
 
 

@@ -12,7 +12,9 @@ LIMITS = {"max_num_seqs": 16, "max_num_batched_tokens": 256, "max_model_len": 51
 
 @pytest.fixture(scope="module")
 def runner(shipped_model):
-    with LLM(shipped_model, attention="triton", warmup=True, kv_cache_memory_bytes=2**28, **LIMITS) as llm:
+    with LLM(
+        shipped_model, attention="triton", warmup=True, steps_per_call=4, kv_cache_memory_bytes=2**28, **LIMITS
+    ) as llm:
         yield llm._runner
 
 

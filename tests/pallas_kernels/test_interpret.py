@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as kernels
+from pallas_kernels import paged_extend_mosaic as mosaic
 from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
 from tests.pallas_kernels.cases import (
@@ -31,6 +32,12 @@ EXTEND = [
     Case(head_dim=32, group=3, kv_heads=1, page_size=64, dtype="float16", lengths=(200, 130), new_tokens=(9, 130)),
     Case(head_dim=96, group=16, kv_heads=1, block_q=8, window=33, lengths=(70, 16), new_tokens=(17, 16)),
 ]
+# Two rows, ends within a page and within 64 tokens; a group that leaves a warpgroup without work; blocks of two tiles.
+MOSAIC = [
+    Case(head_dim=64, group=1, dtype="bfloat16", block_q=64, lengths=(70, 40), new_tokens=(61, 40)),
+    Case(head_dim=64, group=3, kv_heads=1, dtype="float16", window=70, softcap=3.0, page_size=8, block_q=128,
+         lengths=(250, 30), new_tokens=(130, 30)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DECODE, ids=str)
@@ -55,9 +62,9 @@ def test_parts_and_tiles_change_only_rounding():
 
 
 @pytest.mark.parametrize("case", EXTEND, ids=str)
-def test_paged_extend(case):
+def test_paged_extend(case, **tuning):
     args = extend_inputs(case)
-    out = kernels.paged_extend(*args, block_q=case.block_q, **case.options, interpret=True)
+    out = kernels.paged_extend(*args, block_q=case.block_q, **case.options, **tuning, interpret=True)
     expected = kernels.paged_extend_reference(*args, block_q=case.block_q, **case.options)
     assert out.dtype == case.dtype
     assert relative_error(out, expected) < LIMIT[case.dtype]
@@ -65,10 +72,19 @@ def test_paged_extend(case):
     out, outside = np.asarray(out), [*alone, -1, -2, -3]
     assert not out[outside].any(), "tokens in no block"
     mine = np.random.default_rng(0).standard_normal(out.shape).astype(out.dtype)
-    kept = np.array(kernels.paged_extend(*args, mine, block_q=case.block_q, **case.options, interpret=True))
+    options = {"block_q": case.block_q, "interpret": True, **case.options, **tuning}
+    kept = np.array(kernels.paged_extend(*args, mine, **options))
     np.testing.assert_array_equal(kept[outside], mine[outside])
     kept[outside] = 0
     np.testing.assert_array_equal(kept, out)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="its interpreter fails where a barrier's end is not awaited")
+@pytest.mark.parametrize("case", MOSAIC, ids=str)
+def test_paged_extend_by_mosaic(case, monkeypatch):
+    """With a check for races between the warpgroups and the copies; both programs have several items of work."""
+    monkeypatch.setattr(mosaic, "_multiprocessors", lambda: 2)
+    test_paged_extend(case, tuning=mosaic.TuningConfig(block_kv=64, stages=2))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every kernel lowers for CUDA, over a pairwise cover of shapes and options; no GPU needed."""
 
+import sys
 from functools import partial
 
 import jax
@@ -9,10 +10,12 @@ import pytest
 import pallas_kernels as kernels
 from jaxengine.layers.activation import ACTIVATIONS, ERF
 from jaxengine.layers.ops import ops
+from pallas_kernels import paged_extend_mosaic as mosaic
 from tests.pallas_kernels.cases import pairwise
 from tests.pallas_kernels.lowering import lower_for_cuda
 
-CUSTOM_CALL = "__gpu$xla.gpu.triton"
+paged_extend = sys.modules["pallas_kernels.paged_extend"]  # the package has the function under this name
+CUSTOM_CALL, MOSAIC_CALL = "__gpu$xla.gpu.triton", "@mosaic_gpu_v2"
 CASES = pairwise(
     {
         "dtype": ["bfloat16", "float16", "float32"],
@@ -31,6 +34,11 @@ def ints(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
+def extend_structs(q, pool, rows):
+    blocks = q.shape[0] // 16 + rows
+    return q, pool, pool, ints(rows, 64), ints(blocks), ints(blocks), ints(rows), ints(rows), ints(rows)
+
+
 def name(case):
     return "-".join(str(value) for value in case.values())
 
@@ -43,9 +51,11 @@ def test_attention_lowers(case):
     options = {"scale": 0.1, "window": case["window"], "softcap": case["softcap"]}
     q = jax.ShapeDtypeStruct((rows, case["queries"], heads, dim), dtype)
     decode = partial(kernels.paged_decode, **options), q, pool, pool, table, ints(rows)
-    q, blocks = jax.ShapeDtypeStruct((512, heads, dim), dtype), 512 // 16 + rows
-    extend = (partial(kernels.paged_extend, block_q=16, **options), q, pool, pool, table, ints(blocks), ints(blocks),
-              ints(rows), ints(rows), ints(rows))  # fmt: skip
+    q = jax.ShapeDtypeStruct((512, heads, dim), dtype)
+    triton = partial(
+        kernels.paged_extend, tuning=paged_extend.TuningConfig.from_shapes(q, pool, 16), block_q=16, **options
+    )
+    extend = triton, *extend_structs(q, pool, rows)
     calls = 2 if case["window"] is None else 1  # 100 keys are not cut into parts, which a second kernel would combine
     for (function, *args), expected in ((decode, calls), (extend, 1)):
         assert lower_for_cuda(function, *args).count(CUSTOM_CALL) == expected
@@ -53,6 +63,45 @@ def test_attention_lowers(case):
         # HIGHEST makes Triton's float32 products IEEE, otherwise they are TF32.
         exact = program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
         assert exact == (program.count("dot_general[") if dtype == "float32" else 0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise({"dtype": ["bfloat16", "float16"], "head_dim": [64, 128, 256], "group": [1, 3, 4],
+              "page_size": [8, 16, 128], "window": [None, 100], "softcap": [None, 5.0], "block_q": [16, 64, 128]}),
+    ids=name,
+)  # fmt: skip
+def test_extend_lowers_for_hopper(case, monkeypatch):
+    monkeypatch.setattr(paged_extend, "MOSAIC_CARDS", ("H200",))
+    pool = jax.ShapeDtypeStruct((1024, 2, case["page_size"], case["head_dim"]), case["dtype"])
+    q = jax.ShapeDtypeStruct((100, 2 * case["group"], case["head_dim"]), case["dtype"])
+    options = {name: case[name] for name in ("window", "softcap", "block_q")}
+    extend = partial(kernels.paged_extend, scale=0.1, **options)
+    text = lower_for_cuda(extend, *extend_structs(q, pool, 3), q)
+    assert text.count(MOSAIC_CALL) == text.count("output_operand_alias<") == 1
+
+
+@pytest.mark.parametrize(
+    "tokens, dim, dtype, page_size, card, scale",
+    [
+        (100, 128, "bfloat16", 16, "NVIDIA A100-SXM4-80GB", 0.1),
+        (100, 128, "bfloat16", 16, "NVIDIA B200", 0.1),
+        (100, 128, "float32", 16, "NVIDIA H200", 0.1),
+        (100, 96, "bfloat16", 16, "NVIDIA H200", 0.1),
+        (100, 128, "bfloat16", 24, "NVIDIA H200", 0.1),
+        (63, 128, "bfloat16", 16, "NVIDIA H200", 0.1),
+        (100, 128, "bfloat16", 16, "NVIDIA H200", -0.1),
+    ],
+)
+def test_what_mosaic_does_not_take_is_left_to_triton(tokens, dim, dtype, page_size, card, scale, monkeypatch):
+    monkeypatch.setattr(paged_extend, "MOSAIC_CARDS", ("H200",))
+    pool, q = jax.ShapeDtypeStruct((1024, 2, page_size, dim), dtype), jax.ShapeDtypeStruct((tokens, 4, dim), dtype)
+    extend = partial(kernels.paged_extend, block_q=64, scale=scale)
+    text = lower_for_cuda(extend, *extend_structs(q, pool, 3), card=card)
+    assert text.count(CUSTOM_CALL) == 1 and MOSAIC_CALL not in text
+    if "H200" in card:
+        with pytest.raises(ValueError, match="does not take"):
+            lower_for_cuda(partial(extend, tuning=mosaic.TuningConfig(64, 2)), *extend_structs(q, pool, 3))
 
 
 @pytest.mark.parametrize(

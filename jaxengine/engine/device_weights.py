@@ -1,0 +1,47 @@
+"""The model's parameters as programs take them: flat leaves, which others of the same kind may replace."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxengine.config import ModelConfig
+from jaxengine.errors import WeightsDeletedError
+from jaxengine.models import build
+
+
+class DeviceWeights:
+    """NNX is split once; programs close over what is static of it."""
+
+    def __init__(self, model: ModelConfig, params: Mapping[str, jax.Array], max_model_len: int, borrowed: bool):
+        """`params` are canonical or prepared. `borrowed`: somebody else may delete them."""
+        self._model, self._max_model_len = model, max_model_len
+        self._graph, state = nnx.split(build(model, params, max_model_len))
+        leaves, self._tree = jax.tree.flatten(state)
+        self.take(leaves, borrowed)
+
+    def module(self, leaves: Sequence[jax.Array]) -> Any:
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
+
+    def flatten(self, params: Mapping[str, jax.Array]) -> list[jax.Array]:
+        """The leaves of parameters with the shapes, dtypes and shardings of the first ones."""
+        leaves, tree = jax.tree.flatten(nnx.state(build(self._model, params, self._max_model_len)))
+        assert tree == self._tree  # type: ignore[operator]
+        return leaves
+
+    def take(self, leaves: list[jax.Array], borrowed: bool) -> None:
+        """Steps run on these from now on; the old ones are freed unless somebody else holds them."""
+        self.leaves, self._borrowed = leaves, leaves if borrowed else []
+
+    def drop(self) -> None:
+        self.take([], borrowed=False)
+
+    def check(self) -> None:
+        """Raises WeightsDeletedError when borrowed ones are gone."""
+        if any(leaf.is_deleted() for leaf in self._borrowed):
+            raise WeightsDeletedError(
+                "parameters that the engine borrowed were deleted, as a step of training does that donates them: call "
+                "update_weights with the new ones after each such step, or make the engine with fuse_weights=True to "
+                "have it keep a copy"
+            )

@@ -1,0 +1,436 @@
+"""`paged_extend` for Hopper in Pallas Mosaic GPU: pages come by TMA, products run as wgmma.
+
+There is a program for each multiprocessor, of three warpgroups of 128 threads, and each goes through a list of items.
+An item is two units: 64 query tokens of a head each, of the same block and KV head. The third warpgroup, the producer,
+copies queries and then tile after tile of K and V to shared memory. The other two, the consumers, share these tiles and
+have a unit each; while one is in its softmax, the other has the tensor cores (Shah et al. 2024, FlashAttention-3).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import paged_tile as tile
+
+ROWS = 64  # query tokens of a unit: the rows of a wgmma
+CONSUMERS = 2
+# A multiprocessor has 512 registers for a thread of each warpgroup together; copying needs few.
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+SWIZZLE = 128  # bytes
+# Of an array (shape, dtype) on its way between global and swizzled shared memory: 16 bytes a thread, no bank conflicts.
+COPY_LAYOUT = partial(plgpu.Layout.SMEM_GMEM_COPY, swizzle=SWIZZLE)
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """How the work is cut; changes speed, and results only by rounding."""
+
+    block_kv: int  # keys in a tile
+    stages: int  # tiles of K and of V in shared memory
+    q_buffers: int = 2  # items whose queries are in shared memory
+
+    def __post_init__(self) -> None:
+        tile.check_tuning({"block_kv": self.block_kv}, {"stages": self.stages, "q_buffers": self.q_buffers})
+        if self.block_kv < 64:
+            raise ValueError(f"{self} must have a block_kv of at least 64")
+
+    @classmethod
+    def from_shapes(cls, q, k_pages) -> "TuningConfig":
+        """The choice for these arrays (or anything with their shapes and dtypes): what fits in shared memory."""
+        return cls(block_kv=128, stages=2) if q.shape[2] <= 128 else cls(block_kv=64, stages=2, q_buffers=1)
+
+
+def supports(q, k_pages, v_pages, scale: float) -> bool:
+    """Whether the kernel takes these arrays (or anything with their shapes and dtypes)."""
+    tokens, _, dim = q.shape
+    page_size = k_pages.shape[2]
+    return (
+        q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.dtype == k_pages.dtype == v_pages.dtype
+        and dim in (64, 128, 256)
+        and page_size >= 8
+        and not page_size & (page_size - 1)
+        and tokens >= ROWS
+        and scale > 0  # the largest product is the largest score
+    )
+
+
+class Settings(NamedTuple):
+    """What is known when the kernel is compiled, beside the shapes."""
+
+    block_q: int
+    kv_heads: int
+    units: int  # of a block and KV head
+    items: int
+    programs: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    simulated: bool
+
+
+def paged_extend_mosaic(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    block_row: jax.Array,
+    block_start: jax.Array,
+    q_start: jax.Array,
+    q_len: jax.Array,
+    lengths: jax.Array,
+    out: jax.Array,
+    *,
+    block_q: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    tuning: TuningConfig,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `paged_extend`, which checks the arguments, for cards of compute capability 9.0.
+
+    ValueError for what `supports` does not take. Interpret mode also checks for races, and is slow.
+    """
+    if not supports(q, k_pages, v_pages, scale):
+        raise ValueError(f"this kernel does not take {q.shape=} {q.dtype=} {k_pages.shape=} {k_pages.dtype=} {scale=}")
+    (pages, kv_heads, page_size, dim), dtype = k_pages.shape, q.dtype
+    columns = SWIZZLE // dtype.itemsize
+    units = pl.cdiv(block_q, ROWS) * (q.shape[1] // kv_heads)
+    items = len(block_row) * kv_heads * pl.cdiv(units, CONSUMERS)
+    programs = min(items, _multiprocessors())
+    settings = Settings(block_q, kv_heads, units, items, programs, scale, window, softcap, interpret)
+    transforms: Any = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE))  # type: ignore[abstract]
+    swizzled = partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
+    kv = swizzled((tuning.stages, tuning.block_kv, dim))
+    copies = tuning.block_kv // min(page_size, tuning.block_kv)  # of a tile
+    loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=tuning.stages)
+    released = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tuning.stages)
+    out_ref = jax.new_ref(out)  # what is there stays where no block writes
+    plgpu.kernel(
+        partial(_kernel, settings),
+        scratch_types=[
+            swizzled((tuning.q_buffers, CONSUMERS, ROWS, dim)),
+            kv,
+            kv,
+            plgpu.SMEM((CONSUMERS, ROWS, columns), dtype),
+            plgpu.Barrier(num_barriers=tuning.q_buffers),
+            loaded,
+            loaded,
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tuning.q_buffers),
+            released,
+            released,
+            plgpu.Barrier(num_arrivals=CONSUMERS),
+        ],
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="paged_extend_mosaic",
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(block_row, block_start, q_start, q_len, lengths, page_table, q,
+      k_pages.reshape(pages * kv_heads, page_size, dim), v_pages.reshape(pages * kv_heads, page_size, dim),
+      out_ref)  # fmt: skip
+    return out_ref[...]
+
+
+def _multiprocessors() -> int:
+    """Of this machine's card; of an H100 where the program is lowered for a card that is not here."""
+    return getattr(jax.devices()[0], "core_count", 0) or 132
+
+
+class Refs(NamedTuple):
+    block_row: Any  # [NB]
+    block_start: Any  # [NB]
+    q_start: Any  # [R]
+    q_len: Any  # [R]
+    lengths: Any  # [R]
+    table: Any  # [R, W]
+    q: Any  # [T, H, D]
+    k: Any  # [pages * KH, page_size, D]
+    v: Any
+    out: Any  # [T, H, D]
+    # Shared memory.
+    q_smem: Any  # [buffers, CONSUMERS, ROWS, D]: the queries of an item, at last its output
+    k_smem: Any  # [stages, block_kv, D]
+    v_smem: Any
+    rows_smem: Any  # [CONSUMERS, ROWS, 64]: output in plain order, of units that are not stored whole
+    # Barriers, one a buffer or stage.
+    q_loaded: Any
+    k_loaded: Any
+    v_loaded: Any
+    q_released: Any
+    k_released: Any
+    v_released: Any
+    turn: Any  # one barrier: a consumer has issued its products, the other has its softmax behind it
+
+
+class Item(NamedTuple):
+    """Scalars."""
+
+    real: jax.Array  # bool; an item that is not has no steps
+    row: jax.Array
+    kv_head: jax.Array
+    pair: jax.Array  # of units
+    start: jax.Array  # the block's tokens
+    end: jax.Array
+    length: jax.Array  # the row's keys
+    context: jax.Array  # token t of q stands at position context + t
+    first_token: jax.Array  # the tokens of the two units together
+    end_token: jax.Array
+    key_start: jax.Array  # the keys that any of them sees
+    steps: jax.Array  # tiles of keys
+
+
+class Unit(NamedTuple):
+    """Scalars."""
+
+    head: jax.Array
+    start: jax.Array  # its tokens, none for the second unit where there is but one
+    end: jax.Array
+    base: jax.Array  # the first of the ROWS tokens that are read: all of them must exist
+
+
+def _item(refs: Refs, settings: Settings, i: jax.Array) -> Item:
+    """The program's i-th."""
+    program, programs, pairs = jax.lax.axis_index("program"), settings.programs, pl.cdiv(settings.units, CONSUMERS)
+    # Dealt out to the programs to and fro: where items come from long to short, all get about as much.
+    number = i * programs + jnp.where(tile.rem(i, 2) == 0, program, programs - 1 - program)
+    block = jnp.minimum(tile.div(number, settings.kv_heads * pairs), refs.block_row.shape[0] - 1)
+    kv_head, pair = tile.rem(tile.div(number, pairs), settings.kv_heads), tile.rem(number, pairs)
+    row = refs.block_row[block]
+    real, row = (number < settings.items) & (row >= 0), jnp.maximum(row, 0)
+    row_start, row_len, length = refs.q_start[row], refs.q_len[row], refs.lengths[row]
+    start = refs.block_start[block]
+    end = jnp.minimum(start + settings.block_q, row_start + row_len)
+    context = length - row_len - row_start
+    group = refs.q.shape[1] // settings.kv_heads
+    first_token = start + ROWS * tile.div(CONSUMERS * pair, group)
+    last_unit = jnp.minimum(CONSUMERS * pair + CONSUMERS, settings.units) - 1
+    end_token = jnp.minimum(start + ROWS * (tile.div(last_unit, group) + 1), end)
+    real &= first_token < end_token
+    block_kv = refs.k_smem.shape[1]
+    key_start = jnp.where(real, tile.first_key(context + first_token, settings.window, refs.k.shape[1]), 0)
+    steps = jnp.where(real, tile.div(context + end_token - key_start + block_kv - 1, block_kv), 0)
+    return Item(real, row, kv_head, pair, start, end, length, context, first_token, end_token, key_start, steps)
+
+
+def _unit(refs: Refs, settings: Settings, item: Item, consumer: int | jax.Array) -> Unit:
+    tokens, heads, _ = refs.q.shape
+    group, unit = heads // settings.kv_heads, CONSUMERS * item.pair + consumer
+    start = item.start + ROWS * tile.div(unit, group)
+    end = jnp.where(unit < settings.units, jnp.minimum(start + ROWS, item.end), start)
+    return Unit(item.kv_head * group + tile.rem(unit, group), start, end, jnp.minimum(start, tokens - ROWS))
+
+
+def _kernel(settings: Settings, *refs) -> None:
+    warpgroup = jax.lax.axis_index("warpgroup")
+    pl.when(warpgroup == CONSUMERS)(partial(_produce, Refs(*refs), settings))
+    pl.when(warpgroup < CONSUMERS)(partial(_consume, Refs(*refs), settings, warpgroup))
+
+
+def _for_each_item(refs: Refs, settings: Settings, function) -> None:
+    """function(item, first, buffer, reused) for each item of the program that is real, in order.
+
+    `first`: the number of its first tile among all of the program's; `buffer`: of its queries, `reused`: by this item.
+    """
+    buffers = refs.q_smem.shape[0]
+
+    def body(i, carry):
+        count, first = carry
+        item = _item(refs, settings, i)
+        pl.when(item.real)(lambda: function(item, first, tile.rem(count, buffers), count >= buffers))
+        return count + item.real, first + item.steps
+
+    jax.lax.fori_loop(0, pl.cdiv(settings.items, settings.programs), body, (jnp.int32(0), jnp.int32(0)))
+
+
+def _produce(refs: Refs, settings: Settings) -> None:
+    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+    dim, columns, (stages, block_kv, _) = refs.q.shape[2], refs.rows_smem.shape[2], refs.k_smem.shape
+    absent, page_size, _ = refs.k.shape  # a copy from beyond the pool gives zeros
+    rows = min(page_size, block_kv)  # of a copy
+    layout = COPY_LAYOUT((ROWS, columns), refs.q.dtype)
+
+    def copy_item(item: Item, first, buffer, reused):
+        pl.when(reused)(lambda: plgpu.barrier_wait(refs.q_released.at[buffer]))
+        for consumer in range(CONSUMERS):
+            unit = _unit(refs, settings, item, consumer)
+            for column in range(0, dim, columns):
+                # Not by TMA, which takes tiles of 8 rows only from a multiple of 8 on.
+                part = refs.q.at[pl.ds(unit.base, ROWS), unit.head, pl.ds(column, columns)]
+                part = plgpu.load(part, layout=layout, optimized=False)
+                refs.q_smem[buffer, consumer, :, pl.ds(column, columns)] = part
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.q_loaded.at[buffer])
+
+        @pl.loop(0, item.steps)
+        def _(step):
+            slot = tile.rem(first + step, stages)
+            places = []
+            for i in range(block_kv // rows):
+                key = item.key_start + step * block_kv + i * rows
+                inside = key < item.context + item.end_token
+                page = refs.table[item.row, jnp.where(inside, tile.div(key, page_size), 0)]
+                places.append((jnp.where(inside, page * settings.kv_heads + item.kv_head, absent),
+                               tile.rem(key, page_size)))  # fmt: skip
+            for pool, smem, loaded, released in (
+                (refs.k, refs.k_smem, refs.k_loaded, refs.k_released),
+                (refs.v, refs.v_smem, refs.v_loaded, refs.v_released),
+            ):
+                pl.when(first + step >= stages)(partial(plgpu.barrier_wait, released.at[slot]))
+                for i, (page, offset) in enumerate(places):
+                    source = pool.at[page] if rows == page_size else pool.at[page, pl.ds(offset, rows)]
+                    plgpu.copy_gmem_to_smem(source, smem.at[slot, pl.ds(i * rows, rows)], loaded.at[slot])
+
+    _for_each_item(refs, settings, copy_item)
+
+
+def _consume(refs: Refs, settings: Settings, warpgroup: jax.Array) -> None:
+    plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+    pl.when(warpgroup == 1)(lambda: _take_turns(refs))  # it goes second
+
+    def attend(item: Item, first, buffer, _):
+        unit, queries = _unit(refs, settings, item, warpgroup), refs.q_smem.at[buffer, warpgroup]
+        plgpu.barrier_wait(refs.q_loaded.at[buffer])
+        plgpu.barrier_wait(refs.k_loaded.at[tile.rem(first, refs.k_smem.shape[0])])
+        out, total = _attend(refs, settings, item, unit, queries, first, warpgroup)
+        result = (out * jax.lax.broadcast_in_dim(1 / total, out.shape, [0])).astype(refs.q.dtype)
+        count = unit.end - unit.start
+        pl.when(count == ROWS)(partial(_store_whole, refs, unit, queries, result))
+        pl.when((count > 0) & (count < ROWS))(partial(_store_rows, refs, unit, refs.rows_smem.at[warpgroup], result))
+        plgpu.barrier_arrive(refs.q_released.at[buffer])
+
+    _for_each_item(refs, settings, attend)
+    pl.when(warpgroup == 0)(lambda: _take_turns(refs))
+
+
+def _take_turns(refs: Refs) -> None:
+    plgpu.barrier_arrive(refs.turn)
+    plgpu.barrier_wait(refs.turn)
+
+
+def _attend(
+    refs: Refs, settings: Settings, item: Item, unit: Unit, queries, first: jax.Array, warpgroup: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The unit's weighted values [ROWS, D] and total weights [ROWS], by online softmax (Milakov, Gimelshein 2018)."""
+    (stages, block_kv, dim), page_size, dtype = refs.k_smem.shape, refs.k.shape[1], refs.q.dtype
+    scale, window, softcap = settings.scale, settings.window, settings.softcap
+    factor = tile.LOG2E if softcap else scale * tile.LOG2E
+    context, key_start, steps = item.context, item.key_start, item.steps
+    key_end = context + item.end_token
+    # What lies behind a row's last key in its page may be anything, NaN too. The second consumer gets its turn to
+    # multiply after the first has had its own, so the first clears it for both.
+    clear = (warpgroup == 0) & (tile.div(key_end + page_size - 1, page_size) * page_size > item.length)
+
+    def body(step, carry, masked):
+        """masked: some query of the item does not see some key of this tile."""
+        out, top, total = carry
+        slot = tile.rem(first + step, stages)
+
+        def multiply_keys(accumulator):
+            plgpu.wgmma(accumulator, queries, refs.k_smem.at[slot].transpose((1, 0)))
+            _take_turns(refs)
+            return accumulator[...]
+
+        scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, block_kv), jnp.float32))
+        plgpu.barrier_arrive(refs.k_released.at[slot])
+        if softcap:
+            scores = jnp.tanh(scores * (scale / softcap)) * softcap
+        if masked:
+            iota = partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, block_kv), layout=plgpu.Layout.WGMMA)
+            ahead = iota(1) - iota(0) + (key_start + step * block_kv - context - unit.base)  # of the query's own key
+            seen = ahead <= 0
+            if window is not None:
+                seen &= ahead > -window
+            # A query that has seen no key yet gets weights of 1, which decay to 0 with its first: it sees its own.
+            scores = jnp.where(seen, scores, tile.HIDDEN)
+        new_top = jnp.maximum(top, scores.max(axis=1) * factor)
+        decay = jnp.exp2(top - new_top)
+        weight = jnp.exp2(scores * factor - jax.lax.broadcast_in_dim(new_top, scores.shape, [0]))
+        out *= jax.lax.broadcast_in_dim(decay, out.shape, [0])
+        total = total * decay + weight.sum(axis=1)
+        # All of it before the turn, not between the products.
+        out, total, new_top, weight = jax.lax.optimization_barrier((out, total, new_top, weight.astype(dtype)))
+        plgpu.barrier_arrive(refs.turn)
+        plgpu.barrier_wait(refs.v_loaded.at[slot])
+        if masked:
+            _clear_beyond(refs.v_smem.at[slot], key_end - key_start - step * block_kv, clear)
+        plgpu.barrier_wait(refs.turn)
+
+        def wait_for_next_keys():
+            next_slot = tile.rem(first + step + 1, stages)
+            pl.when(step + 1 < steps)(lambda: plgpu.barrier_wait(refs.k_loaded.at[next_slot]))
+
+        def multiply_values(accumulator):
+            plgpu.wgmma(accumulator, weight, refs.v_smem.at[slot])
+            wait_for_next_keys()
+
+        if settings.simulated:  # interpret mode knows no run_state, nor wgmma of registers
+            out += jnp.dot(weight, refs.v_smem[slot], preferred_element_type=jnp.float32)
+            plgpu.commit_smem()
+            wait_for_next_keys()
+        else:
+            out = pl.run_state(multiply_values)(plgpu.ACC.init(out))
+        plgpu.barrier_arrive(refs.v_released.at[slot])
+        return out, new_top, total
+
+    by_row = plgpu.Layout.WGMMA.reduce(1)
+    carry = (
+        plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((ROWS,), tile.HIDDEN, jnp.float32), by_row),
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
+    )
+    whole_start: int | jax.Array = 0
+    whole_end = tile.div(context + item.first_token + 1 - key_start, block_kv)
+    if window is not None:
+        hidden = jnp.maximum(key_end - window - key_start, 0)  # keys that some query sees no more
+        whole_start = jnp.minimum(tile.div(hidden + block_kv - 1, block_kv), steps)
+        whole_end = jnp.maximum(whole_start, whole_end)
+        carry = jax.lax.fori_loop(0, whole_start, partial(body, masked=True), carry)
+    carry = jax.lax.fori_loop(whole_start, whole_end, partial(body, masked=False), carry)
+    out, _, total = jax.lax.fori_loop(whole_end, steps, partial(body, masked=True), carry)
+    return out, total
+
+
+def _clear_beyond(values, count: jax.Array, when: jax.Array) -> None:
+    """Zeros in the rows of values [block_kv, D] from `count` on, if `when` holds and there are any."""
+    block_kv, dim = values.shape
+    columns = SWIZZLE // values.dtype.itemsize
+    layout = COPY_LAYOUT((ROWS, columns), values.dtype)
+
+    @pl.when(when & (count < block_kv))
+    def _():
+        for row in range(0, block_kv, ROWS):
+            inside = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 0, layout=layout) + row < count
+            for column in range(0, dim, columns):
+                part = values.at[pl.ds(row, ROWS), pl.ds(column, columns)]
+                part[...] = jnp.where(inside, plgpu.load(part, layout=layout), jnp.zeros((), values.dtype))
+        plgpu.commit_smem()
+
+
+def _store_whole(refs: Refs, unit: Unit, staged, result: jax.Array) -> None:
+    staged[...] = result
+    loaded = plgpu.load(staged, layout=COPY_LAYOUT(result.shape, result.dtype))
+    refs.out[pl.ds(unit.base, ROWS), unit.head] = loaded
+
+
+def _store_rows(refs: Refs, unit: Unit, staged, result: jax.Array) -> None:
+    """The unit's own rows, one by one: the others are other rows' tokens."""
+    columns = staged.shape[1]
+    for column in range(0, result.shape[1], columns):
+        staged[...] = result[:, column : column + columns]
+        plgpu.commit_smem()
+
+        @pl.loop(unit.start - unit.base, unit.end - unit.base)
+        def _(i, column=column):
+            target = refs.out.at[pl.ds(unit.base + i, 1), unit.head, pl.ds(column, columns)]
+            plgpu.copy_smem_to_gmem(staged.at[pl.ds(i, 1)], target)
+
+        plgpu.wait_smem_to_gmem(0)
