@@ -53,7 +53,7 @@ class Frontend:
             raise RequestError(f"{priority=} must be an integer; smaller goes first")
         ids = self._checked_ids(prompt["prompt_token_ids"], prompt["prompt"], params.max_tokens != 0)
         params.validate_for(self.vocab_size, self.max_logprobs)
-        room = self.max_model_len - len(ids)
+        room = max(0, self.max_model_len - len(ids))
         if params.min_tokens > room:
             raise RequestError(
                 f"min_tokens={params.min_tokens} and a prompt of {len(ids)} tokens exceed "
@@ -101,7 +101,8 @@ class Frontend:
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
             raise RequestError(f"token id {bad} is out of range: the vocabulary has {self.vocab_size} tokens")
-        if len(ids) + draws > self.max_model_len:
+        # Where nothing is drawn, the last token is a target only, and not computed.
+        if len(ids) + (1 if draws else -1) > self.max_model_len:
             raise RequestError(
                 f"a prompt of {len(ids)} tokens {'leaves no room for output' if draws else 'does not fit'} within "
                 f"max_model_len={self.max_model_len}; shorten it, or make the engine with a larger max_model_len"

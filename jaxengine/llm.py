@@ -210,7 +210,7 @@ class LLM:
         and share it through the prefix cache. Tokens are cut as in lm-evaluation-harness: the context's trailing spaces
         belong to the continuation, and an empty context is the BOS token (EOS, where there is none).
         add_special_tokens: the context gets what the tokenizer puts before a text. truncate: a context too long for
-        max_model_len loses its first tokens; otherwise it raises.
+        max_model_len (the last token, a target only, does not count) loses its first tokens; otherwise it raises.
 
         Raises RequestError for bad input, EngineError when the device fails.
 
@@ -221,7 +221,7 @@ class LLM:
         """
         ids = encode_pairs(list(pairs), self.encode, self.prefix_token, add_special_tokens)  # type: ignore[arg-type]
         return score_pairs(
-            self.generate, ids, max_length=self.max_model_len, truncate=truncate, use_tqdm=use_tqdm
+            self.generate, ids, max_model_len=self.max_model_len, truncate=truncate, use_tqdm=use_tqdm
         )  # fmt: skip
 
     def loglikelihood(self, pairs: Sequence[tuple[Any, Any]], **how: Any) -> list[tuple[float, bool]]:
@@ -236,7 +236,7 @@ class LLM:
         """
         ids = [self.get_tokenizer().encode(text, False) if isinstance(text, str) else list(text) for text in texts]
         return score_rolling(
-            self.generate, ids, self.prefix_token(), max_length=self.max_model_len, use_tqdm=use_tqdm
+            self.generate, ids, self.prefix_token(), max_model_len=self.max_model_len, use_tqdm=use_tqdm
         )  # fmt: skip
 
     def loglikelihood_rolling(self, texts: Sequence[Any], **how: Any) -> list[float]:

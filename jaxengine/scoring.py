@@ -90,16 +90,16 @@ def score_pairs(
     generate: Callable[..., Sequence[RequestOutput]],
     pairs: Sequence[Pair],
     *,
-    max_length: int,
+    max_model_len: int,
     truncate: bool,
     use_tqdm: Any,
 ) -> list[Score]:
-    """Scores in the order of the pairs; `generate` is LLM.generate. max_length: tokens of a pair together.
+    """Scores in the order of the pairs; `generate` is LLM.generate.
 
     truncate: drops the first tokens of a context that is too long, else that is a RequestError; a continuation that
     leaves no room for one token before it always is.
     """
-    kept = [fit(pair, max_length, truncate) for pair in pairs]
+    kept = [fit(pair, max_model_len, truncate) for pair in pairs]
     order = by_context(kept)
     prompts, params = [[*kept[i][0], *kept[i][1]] for i in order], [score_params(kept[i]) for i in order]
     outputs = generate(prompts, params, use_tqdm=use_tqdm) if order else []
@@ -108,14 +108,17 @@ def score_pairs(
     return [found[i] for i in range(len(pairs))]
 
 
-def fit(pair: Pair, max_length: int, truncate: bool) -> Pair:
-    """The pair within `max_length` tokens. Raises RequestError for one that `score_pairs` would not take."""
+def fit(pair: Pair, max_model_len: int, truncate: bool) -> Pair:
+    """The pair within `max_model_len` tokens and one more, which is a target only and not computed.
+
+    Raises RequestError for one that `score_pairs` would not take.
+    """
     context, continuation = pair
-    excess = len(context) + len(continuation) - max_length
-    if len(continuation) >= max_length or (excess > 0 and not truncate):
+    excess = len(context) + len(continuation) - 1 - max_model_len
+    if len(continuation) > max_model_len or (excess > 0 and not truncate):
         raise RequestError(
             f"a context of {len(context)} and a continuation of {len(continuation)} tokens exceed "
-            f"max_model_len={max_length}; truncate=True shortens contexts from the left, continuations must fit"
+            f"{max_model_len=} and a last one; truncate=True shortens contexts from the left, continuations must fit"
         )
     return context[max(0, excess) :], continuation
 
@@ -153,14 +156,13 @@ def score_of(output: RequestOutput, dropped: int = 0) -> Score:
     return Score(found.token_ids, found.logprobs, greedy, num_context, computed, dropped)
 
 
-def rolling_windows(tokens: Sequence[int], prefix_token: int, max_length: int) -> Iterator[Pair]:
-    """Pairs of at most `max_length` tokens whose continuations are `tokens` in order, each token once.
+def rolling_windows(tokens: Sequence[int], prefix_token: int, size: int) -> Iterator[Pair]:
+    """Pairs of at most `size` + 1 tokens whose continuations are `tokens` in order, each token once.
 
     As lm-evaluation-harness cuts them with a context of one token: the first window stands behind the prefix token,
     each other one behind the last token of the one before; the last window is as long as the others, so it looks
     back further.
     """
-    size = max_length - 1
     for start in range(0, len(tokens), size):
         end = min(start + size, len(tokens))
         yield [prefix_token] if start == 0 else tokens[end - size - 1 : start], tokens[start:end]
@@ -171,13 +173,13 @@ def score_rolling(
     texts: Sequence[Sequence[int]],
     prefix_token: int,
     *,
-    max_length: int,
+    max_model_len: int,
     use_tqdm: Any,
 ) -> list[Score]:
     """Scores of whole texts, given as token ids, in windows; see `rolling_windows`."""
-    windows = [list(rolling_windows(text, prefix_token, max_length)) for text in texts]
+    windows = [list(rolling_windows(text, prefix_token, max_model_len)) for text in texts]
     pairs = [pair for own in windows for pair in own]
-    scores = iter(score_pairs(generate, pairs, max_length=max_length, truncate=False, use_tqdm=use_tqdm))
+    scores = iter(score_pairs(generate, pairs, max_model_len=max_model_len, truncate=False, use_tqdm=use_tqdm))
     return [_join([next(scores) for _ in own]) for own in windows]
 
 

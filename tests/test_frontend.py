@@ -62,6 +62,14 @@ def test_fields_beyond_the_model(llm, fields, message):
         llm.generate("hello", SamplingParams(**fields), use_tqdm=False)
 
 
+def test_prompts_to_be_scored_may_have_a_token_more(llm):
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0, repetition_penalty=1.1)
+    [output] = llm.generate([[3] * 257], params, use_tqdm=False)
+    assert len(output.prompt_logprobs.logprobs) == 256
+    with pytest.raises(RequestError, match="a prompt of 258 tokens does not fit within max_model_len=256"):
+        llm.generate([[3] * 258], params, use_tqdm=False)
+
+
 def test_fields_out_of_range():
     for name, value in {"temperature": -1, "top_p": 0, "n": 0, "max_tokens": 0, "seed": 2**64, "min_p": 2}.items():
         with pytest.raises(RequestError, match=f"{name}={value}"):

@@ -16,7 +16,7 @@ TEXTS = [("def f(x):", " return x"), ("def f(x):", " pass"), ("import os  ", "x"
 
 
 def want_logprobs(kind, context, continuation):
-    rows = reference_logprobs(kind, [*context, *continuation])[len(context) - 1 : -1]
+    rows = reference_logprobs(kind, [*context, *continuation[:-1]])[len(context) - 1 :]
     return rows[range(len(continuation)), continuation], rows.argmax(axis=1) == continuation
 
 
@@ -157,7 +157,7 @@ def test_boundaries_are_those_of_lm_evaluation_harness():
         (("a", ""), "has no tokens"),
         (([5], []), "has no tokens"),
         (([5], [VOCAB]), "token id 600 is out of range"),
-        (([5] * 250, [6] * 7), "a context of 250 and a continuation of 7 tokens exceed max_model_len=256"),
+        (([5] * 251, [6] * 7), "a context of 251 and a continuation of 7 tokens exceed max_model_len=256 and a last"),
     ],
 )
 def test_bad_pairs(pair, message):
@@ -168,12 +168,12 @@ def test_bad_pairs(pair, message):
 def test_long_contexts_lose_their_beginning_when_asked():
     llm, context = shared_llm(), [3 + i % 500 for i in range(300)]
     [score] = llm.score([(context, [6] * 7)], truncate=True, use_tqdm=False)
-    assert (score.num_truncated_tokens, score.num_context_tokens) == (51, 249)
-    assert_scores("llama", [(context[51:], [6] * 7)], [score])
-    with pytest.raises(RequestError, match="a continuation of 256 tokens"):
-        llm.score([([5], [6] * 256)], truncate=True, use_tqdm=False)
-    [full] = llm.score([([5], [6] * 255)], use_tqdm=False)  # all of max_model_len: nothing is drawn
-    assert len(full.logprobs) == MAX_LENGTH - 1
+    assert (score.num_truncated_tokens, score.num_context_tokens) == (50, 250)
+    assert_scores("llama", [(context[50:], [6] * 7)], [score])
+    with pytest.raises(RequestError, match="a continuation of 257 tokens"):
+        llm.score([([5], [6] * 257)], truncate=True, use_tqdm=False)
+    [full] = llm.score([([5], [6] * 256)], use_tqdm=False)  # all of max_model_len, and a target
+    assert len(full.logprobs) == MAX_LENGTH == full.num_computed_tokens
 
 
 def test_no_pairs():
@@ -193,17 +193,17 @@ def test_a_failed_request_raises():
         error = RuntimeError("the device failed")
 
     with pytest.raises(RuntimeError, match="the device failed"):
-        score_pairs(lambda *_, **__: [Failed()], [([1], [2])], max_length=9, truncate=False, use_tqdm=False)
+        score_pairs(lambda *_, **__: [Failed()], [([1], [2])], max_model_len=9, truncate=False, use_tqdm=False)
 
 
 # -- rolling
 
 
-@given(st.integers(0, 60), st.integers(2, 17))
-def test_rolling_windows_are_those_of_lm_evaluation_harness(length, max_length):
-    """Its `get_rolling_token_windows(max_seq_len=max_length - 1, context_len=1)`, made disjoint: written out."""
-    tokens, size = list(range(100, 100 + length)), max_length - 1
-    windows = list(rolling_windows(tokens, -1, max_length))
+@given(st.integers(0, 60), st.integers(1, 16))
+def test_rolling_windows_are_those_of_lm_evaluation_harness(length, size):
+    """Its `get_rolling_token_windows(max_seq_len=size, context_len=1)`, made disjoint: written out."""
+    tokens = list(range(100, 100 + length))
+    windows = list(rolling_windows(tokens, -1, size))
     want, predicted = [], 0
     while predicted < length:
         if predicted == 0:
@@ -217,7 +217,7 @@ def test_rolling_windows_are_those_of_lm_evaluation_harness(length, max_length):
         predicted += count
     assert windows == want
     assert [t for _, target in windows for t in target] == tokens
-    assert all(len(a) + len(b) <= max_length and len(a) >= 1 for a, b in windows)
+    assert all(len(a) + len(b) <= size + 1 and len(a) >= 1 for a, b in windows)
 
 
 @KINDS
@@ -225,9 +225,9 @@ def test_rolling_scores(kind):
     llm, bos = shared_llm(kind), shared_llm(kind).prefix_token()
     long = np.random.default_rng(1).integers(3, VOCAB, 400).tolist()
     scores = llm.score_rolling([long, "def f():\n    return 1", []], use_tqdm=False)
-    first, second = want_logprobs(kind, [bos], long[:255])[0], want_logprobs(kind, long[144:255], long[255:])[0]
+    first, second = want_logprobs(kind, [bos], long[:256])[0], want_logprobs(kind, long[143:256], long[256:])[0]
     np.testing.assert_allclose(scores[0].logprobs, np.concatenate([first, second]), atol=1e-4)
-    assert scores[0].token_ids.tolist() == long and scores[0].num_context_tokens == 1 + 111
+    assert scores[0].token_ids.tolist() == long and scores[0].num_context_tokens == 1 + 113
     short = llm.encode("def f():\n    return 1", False)
     np.testing.assert_allclose(scores[1].logprobs, want_logprobs(kind, [bos], short)[0], atol=1e-4)
     assert (scores[2].logprob, len(scores[2].logprobs)) == (0.0, 0)

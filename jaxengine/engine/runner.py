@@ -234,7 +234,7 @@ class Runner:
             self._slots = Slots(self._slots.last_token, *new)
 
     def _write_rules(self, write: LogitWrite) -> None:
-        tokens = np.zeros(self.max_model_len, np.int32)
+        tokens = np.zeros(self.max_model_len + 1, np.int32)
         tokens[: len(write.tokens)] = write.tokens
         ids, values = np.full(MAX_LOGIT_BIAS, -1, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
         ids[: len(write.bias)] = list(write.bias)
@@ -416,7 +416,7 @@ class Runner:
                 return *slots[1:], np.zeros(SLOT_BATCH, np.int32), tables, ints, np.zeros(floats, np.float32)
             case "write_rules":
                 ids, values = np.zeros(MAX_LOGIT_BIAS, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
-                return rules, np.zeros(3, np.int32), np.zeros(self.max_model_len, np.int32), mask, ids, values
+                return rules, np.zeros(3, np.int32), np.zeros(self.max_model_len + 1, np.int32), mask, ids, values
             case _:
                 return rules.mask, np.int32(0), mask
 

@@ -78,7 +78,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues every sequence of the request. One unit of priority outweighs `priority_aging_steps` of waiting."""
-        assert len(request.prompt_token_ids) + request.max_tokens <= self.max_model_len
+        assert len(request.prompt_token_ids) + (request.max_tokens or -1) <= self.max_model_len
         request.rank = (request.priority * self.priority_aging_steps + self._steps, self._arrivals)
         self._arrivals += 1
         for sequence in request.sequences:

@@ -45,7 +45,7 @@ class SlotTable:
         self.sequence = np.full(num_slots, None, object)
         self.live = zeros(bool)  # its sequence runs; a slot that is neither live nor free drains
         # Memory is touched where it is used only.
-        self.tokens = np.zeros((num_slots, max_model_len), np.int32)
+        self.tokens = np.zeros((num_slots, max_model_len + 1), np.int32)  # the last: a target only
         self.pages = np.zeros((num_groups, num_slots, -(-max_model_len // page_size)), np.int32)
         self.num_tokens, self.num_drawn, self.num_computed = zeros(), zeros(), zeros()
         self.end = zeros()  # tokens of prompt and output when it has all of them

@@ -28,7 +28,7 @@ class HarnessLM(LM):
     """Answers lm-evaluation-harness's requests with an LLM: all of a kind at once, scores with shared contexts.
 
     llm: one that is there already; otherwise LLM's arguments. max_gen_toks: tokens of an answer whose task sets no
-    limit. add_special_tokens: contexts get what the tokenizer puts before a text, unless they begin with it already.
+    limit. add_special_tokens: texts get what the tokenizer puts before them, unless they begin with BOS already.
     batch_size: a number is max_num_seqs; "auto" (and the harness's own default, 1): the engine's choice.
 
     Raises ConfigError for arguments that have no meaning here.
@@ -74,7 +74,7 @@ class HarnessLM(LM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """requests: (text,)."""
-        texts = [request.args[0] for request in requests]
+        texts = [self._ids(request.args[0]) for request in requests]
         found = self.llm.loglikelihood_rolling(texts, use_tqdm=not disable_tqdm)
         return self._cached("loglikelihood_rolling", [request.args for request in requests], found)
 
@@ -97,13 +97,16 @@ class HarnessLM(LM):
     def _encode(self, pairs: Sequence[Any], add_special_tokens: bool) -> list[Any]:
         return encode_pairs(pairs, self.llm.encode, self.llm.prefix_token, add_special_tokens)  # type: ignore[arg-type]
 
+    def _ids(self, text: str) -> list[int]:
+        return self.llm.get_tokenizer().encode(text, self.add_special_tokens and not self._begins_with_bos(text))
+
     def _begins_with_bos(self, text: str) -> bool:
         bos = self.llm.get_tokenizer().special_tokens.get("bos_token")
         return bool(bos) and text.startswith(str(bos))
 
     def _prompt(self, context: str, params: SamplingParams) -> list[int]:
         """Its last tokens, where it leaves no room for the answer."""
-        ids = self.llm.get_tokenizer().encode(context, self.add_special_tokens and not self._begins_with_bos(context))
+        ids = self._ids(context)
         room = self.llm.max_model_len - (params.max_tokens or 0)
         if room < 1:
             raise RequestError(

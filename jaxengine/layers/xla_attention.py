@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxengine.layers.linear import precision
 
 BLOCK_BYTES = 2**20  # of the keys that one step of the loop gathers: they stay in the processor's cache
-BLOCK_TOKENS = 256  # of each row, at most
+BLOCK_TOKENS = 64  # of each row, at most: a longer block is computed whole for a shorter row
 
 
 def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, softcap=None) -> jax.Array:

@@ -110,9 +110,9 @@ def test_rolling_windows_are_the_harness_own():
     from jaxengine.scoring import rolling_windows
 
     for length in range(30):
-        for size in (2, 3, 8, 29, 31):
+        for size in (1, 2, 7, 28, 30):
             tokens = list(range(length))
-            want = map(make_disjoint_window, get_rolling_token_windows(tokens, -1, size - 1, 1))
+            want = map(make_disjoint_window, get_rolling_token_windows(tokens, -1, size, 1))
             assert list(rolling_windows(tokens, -1, size)) == list(want)
 
 
@@ -128,6 +128,16 @@ def test_a_bos_token_in_the_text_is_not_added_again(lm):
     [plain, begun] = lm.loglikelihood(requests((bos + "def f", " x"), (bos + "def f", " x")), disable_tqdm=True)
     [[want]] = [lm.llm.loglikelihood([(bos + "def f", " x")], add_special_tokens=False, use_tqdm=False)]
     assert plain == begun == (pytest.approx(want[0], abs=1e-3), want[1])
+
+
+def test_rolling_texts_get_what_the_tokenizer_puts_before_a_text(lm, monkeypatch):
+    tokenizer, bos = lm.llm.get_tokenizer(), lm.llm.prefix_token()
+    plain = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, special=True: [bos] * special + plain(text, False))
+    texts = ["def f(x):", tokenizer.special_tokens["bos_token"] + "def f(x):"]
+    [want] = lm.llm.loglikelihood_rolling([[bos, *plain(texts[0], False)]], use_tqdm=False)
+    found = lm.loglikelihood_rolling(requests(*((text,) for text in texts)), disable_tqdm=True)
+    assert found == [pytest.approx(want, abs=1e-3)] * 2
 
 
 @pytest.mark.parametrize(
