@@ -106,8 +106,11 @@ def _mapped_rule(name: str, mapping: Mapping[str, ParamRule]) -> ParamRule | Non
     for pattern, rule in mapping.items():
         if not isinstance(rule, ParamRule):
             raise ConfigError(f"param_mapping[{pattern!r}]={rule!r} must be a ParamRule")
-        if match := re.fullmatch(pattern, name):
-            return replace(rule, to=tuple(match.expand(path) for path in rule.paths))
+        try:
+            if match := re.fullmatch(pattern, name):
+                return replace(rule, to=tuple(match.expand(path) for path in rule.paths))
+        except (re.error, IndexError) as error:
+            raise ConfigError(f"param_mapping[{pattern!r}] to {rule.to!r}: {error}") from error
     return None
 
 
