@@ -92,6 +92,7 @@ def assemble(
     params, borrowed = _load_weights(checkpoint, config, mesh)
     short = device.platform == "gpu" and sum(p.nbytes for p in params.values()) < SHORT_STEP_BYTES
     steps = config.steps_per_call or (SHORT_STEPS if short else 1)
+    config = replace(config, steps_per_call=steps)
     groups = cache_groups(checkpoint.config.windows, checkpoint.config.num_kv_heads, checkpoint.config.head_dim)
     temporary = temporary_bytes(checkpoint.config, sizes, config.max_logprobs, config.dtype, config.attention)
     reserved = temporary + COMPILERS * compiling_bytes(checkpoint.config, sizes, config.dtype)

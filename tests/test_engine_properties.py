@@ -70,6 +70,7 @@ def test_flights_and_steps_of_a_call_change_nothing(kind, flights, steps):
         submit = llm._runner.submit
         llm._runner.submit = lambda inputs: seen.append((len(engine._steps), inputs.bucket.steps)) or submit(inputs)
         outputs = greedy(llm, [prompt(30), prompt(4), prompt(50)], max_tokens=20)
+        assert llm.config.steps_per_call == steps
         assert max(seen) == (flights, steps) and {steps for _, steps in seen} == {1, steps}
         check_integrity(llm)
     assert_own_tokens(kind, outputs)
