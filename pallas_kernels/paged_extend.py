@@ -18,9 +18,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import paged_tile as tile
 from pallas_kernels.paged_decode import paged_decode_reference
 
-# Words in the names of cards that get the Mosaic kernel: none before tests/gpu/test_kernels.py has passed with it on a
-# Hopper card (then "H100", "H200"). Until then its own tuning names it.
-MOSAIC_CARDS: tuple[str, ...] = ()
+MOSAIC_CARDS = ("H100", "H200")  # words in the names of cards that get the Mosaic kernel
 
 
 @dataclass(frozen=True)

@@ -294,7 +294,12 @@ def _produce(refs: Refs, settings: Settings) -> None:
 
 def _consume(refs: Refs, settings: Settings, warpgroup: jax.Array) -> None:
     plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-    pl.when(warpgroup == 1)(lambda: _take_turns(refs))  # it goes second
+
+    def in_turn(function):
+        """The second consumer goes through it a turn behind the first."""
+        pl.when(warpgroup == 1)(partial(_take_turns, refs))
+        function()
+        pl.when(warpgroup == 0)(partial(_take_turns, refs))
 
     def attend(item: Item, first, buffer, _):
         unit, queries = _unit(refs, settings, item, warpgroup), refs.q_smem.at[buffer, warpgroup]
@@ -307,8 +312,10 @@ def _consume(refs: Refs, settings: Settings, warpgroup: jax.Array) -> None:
         pl.when((count > 0) & (count < ROWS))(partial(_store_rows, refs, unit, refs.rows_smem.at[warpgroup], result))
         plgpu.barrier_arrive(refs.q_released.at[buffer])
 
-    _for_each_item(refs, settings, attend)
-    pl.when(warpgroup == 0)(lambda: _take_turns(refs))
+    if refs.q_smem.shape[0] > 1:
+        in_turn(partial(_for_each_item, refs, settings, attend))
+    else:  # the first cannot begin an item before the second has ended the last: their queries share the buffer
+        _for_each_item(refs, settings, lambda *item: in_turn(partial(attend, *item)))
 
 
 def _take_turns(refs: Refs) -> None:

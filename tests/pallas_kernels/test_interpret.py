@@ -80,11 +80,11 @@ def test_paged_extend(case, **tuning):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="its interpreter fails where a barrier's end is not awaited")
-@pytest.mark.parametrize("case", MOSAIC, ids=str)
-def test_paged_extend_by_mosaic(case, monkeypatch):
+@pytest.mark.parametrize("case, q_buffers", [*((case, 2) for case in MOSAIC), (MOSAIC[0], 1)], ids=str)
+def test_paged_extend_by_mosaic(case, q_buffers, monkeypatch):
     """With a check for races between the warpgroups and the copies; both programs have several items of work."""
     monkeypatch.setattr(mosaic, "_multiprocessors", lambda: 2)
-    test_paged_extend(case, tuning=mosaic.TuningConfig(block_kv=64, stages=2))
+    test_paged_extend(case, tuning=mosaic.TuningConfig(block_kv=64, stages=2, q_buffers=q_buffers))
 
 
 @pytest.mark.parametrize(

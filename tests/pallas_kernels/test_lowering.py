@@ -71,8 +71,7 @@ def test_attention_lowers(case):
               "page_size": [8, 16, 128], "window": [None, 100], "softcap": [None, 5.0], "block_q": [16, 64, 128]}),
     ids=name,
 )  # fmt: skip
-def test_extend_lowers_for_hopper(case, monkeypatch):
-    monkeypatch.setattr(paged_extend, "MOSAIC_CARDS", ("H200",))
+def test_extend_lowers_for_hopper(case):
     pool = jax.ShapeDtypeStruct((1024, 2, case["page_size"], case["head_dim"]), case["dtype"])
     q = jax.ShapeDtypeStruct((100, 2 * case["group"], case["head_dim"]), case["dtype"])
     options = {name: case[name] for name in ("window", "softcap", "block_q")}
@@ -93,8 +92,7 @@ def test_extend_lowers_for_hopper(case, monkeypatch):
         (100, 128, "bfloat16", 16, "NVIDIA H200", -0.1),
     ],
 )
-def test_what_mosaic_does_not_take_is_left_to_triton(tokens, dim, dtype, page_size, card, scale, monkeypatch):
-    monkeypatch.setattr(paged_extend, "MOSAIC_CARDS", ("H200",))
+def test_what_mosaic_does_not_take_is_left_to_triton(tokens, dim, dtype, page_size, card, scale):
     pool, q = jax.ShapeDtypeStruct((1024, 2, page_size, dim), dtype), jax.ShapeDtypeStruct((tokens, 4, dim), dtype)
     extend = partial(kernels.paged_extend, block_q=64, scale=scale)
     text = lower_for_cuda(extend, *extend_structs(q, pool, 3), card=card)
