@@ -76,8 +76,10 @@ def assemble(
 ) -> Parts:
     """`source` goes to weights.open_checkpoint, where `model` is no tree of parameters. Raises what LLM says."""
     _set_compilation_cache(config.compilation_cache)
-    named = isinstance(model, str | os.PathLike)
-    checkpoint = open_checkpoint(model, **source) if named else checkpoint_in_memory(model, model_config, param_mapping)
+    if isinstance(model, str | os.PathLike):
+        checkpoint = open_checkpoint(model, config=model_config, mapping=param_mapping, **source)
+    else:
+        checkpoint = checkpoint_in_memory(model, model_config, param_mapping)
     mesh = config.mesh or create_mesh()
     device = mesh.devices.flat[0]
     if device.platform not in PLATFORMS:

@@ -271,11 +271,14 @@ def run_batch(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.")],
+    source: Annotated[str, typer.Argument(help="Hub id, folder (HuggingFace, Orbax of any trainer) or GGUF file.")],
     destination: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
     to: Annotated[
         FileFormat, typer.Option(help="Orbax, canonical; or safetensors, as transformers has them.")
     ] = "orbax",
+    config: Annotated[
+        Path | None, typer.Option(help="The model's config.json, for an Orbax checkpoint without.")
+    ] = None,
 ) -> None:
     """Write a model in another format, which `--model DESTINATION` then serves."""
     import jax
@@ -284,7 +287,7 @@ def convert(
     from jaxengine.weights import check_destination, load_params, open_checkpoint, save_checkpoint
 
     check_destination(destination)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, config=config)
     cpu = create_mesh(devices=jax.local_devices(backend="cpu"))  # a model may be larger than the accelerator's memory
     params = load_params(checkpoint, checkpoint.config.dtype, cpu)
     save_checkpoint(checkpoint, params, destination, to)

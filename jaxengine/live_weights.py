@@ -53,7 +53,7 @@ class LiveWeights:
         _check_version(version)
         with self._turn:
             loop.call(lambda engine: engine.check_awake())
-            checkpoint = self._open(source, self._mapping if mapping is None else mapping)
+            checkpoint = self._open(source, mapping)
             install = self._in_place(checkpoint) if in_place else self._staged(checkpoint, STAGED)
             update = PendingUpdate(version, mode, install, destructive=in_place)
             loop.call(lambda engine: engine.update_weights(update))
@@ -95,7 +95,7 @@ class LiveWeights:
                 raise ConfigError("sleep(level=2) gave up the weights: wake_up(params_or_path) brings others")
             update = None
             if level == 2:
-                install = self._staged(self._open(source, self._mapping), "the engine still sleeps: free memory first")
+                install = self._staged(self._open(source, None), "the engine still sleeps: free memory first")
                 update = PendingUpdate(version, "continue", install, destructive=False)
             try:
                 if level:
@@ -111,8 +111,11 @@ class LiveWeights:
     def _open(self, source: Any, mapping: Mapping[str, ParamRule] | None) -> Checkpoint:
         """Everything checked that can be without reading weights."""
         if not isinstance(source, str | os.PathLike):
-            return checkpoint_in_memory(source, self._model, mapping)
-        checkpoint = open_checkpoint(source, use_generation_config=False)
+            return checkpoint_in_memory(source, self._model, self._mapping if mapping is None else mapping)
+        checkpoint = open_checkpoint(
+            source, use_generation_config=False, mapping=mapping,
+            default_config=self._model, default_mapping=self._mapping,
+        )  # fmt: skip
         other = [
             f"{f.name}={getattr(checkpoint.config, f.name)!r}, the engine's has {getattr(self._model, f.name)!r}"
             for f in fields(ModelConfig)

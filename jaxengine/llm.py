@@ -58,7 +58,7 @@ class LLM(TextMethods):
         Or parameters in memory, see docs/trainer.md: an nnx.Module of ours, its state, or a tree of arrays by canonical
         or by transformers' names, any other with `param_mapping`, from patterns of dotted paths to ParamRule; they are
         borrowed where dtype, layout and sharding fit, unless fuse_weights=True. config: what they are of, as
-        config.json's content, a transformers config, or a ModelConfig.
+        config.json's content or path, a transformers config, or a ModelConfig. An Orbax checkpoint takes both as well.
         tokenizer: hub id or folder of another tokenizer. load_format: auto, safetensors, gguf, orbax or dummy (seeded
         random weights). hf_overrides: replaces entries of the checkpoint's config. generation_config: "auto" takes
         sampling defaults and further end-of-sequence ids from the checkpoint, "off" does not. block_size: another name
@@ -74,18 +74,13 @@ class LLM(TextMethods):
             )
         if generation_config not in ("auto", "off"):
             raise ConfigError(f"{generation_config=} must be 'auto' or 'off'")
-        if model is None or isinstance(model, str | os.PathLike):
-            if config is not None or param_mapping is not None:
-                raise ConfigError(
-                    "config= is for parameters in memory, and so is param_mapping=; hf_overrides= changes what a "
-                    "checkpoint says"
-                )
-        elif config is None:
+        in_memory = model is not None and not isinstance(model, str | os.PathLike)
+        if in_memory and config is None:
             raise ConfigError(
                 f"model of type {type(model).__name__}: parameters in memory need config=, which says what they are "
                 "of: config.json's content, a transformers config, or a ModelConfig"
             )
-        elif load_format != "auto" or revision is not None or hf_overrides:
+        if in_memory and (load_format != "auto" or revision is not None or hf_overrides):
             raise ConfigError("load_format=, revision= and hf_overrides= are of checkpoints, the model is in memory")
         if block_size is not None:
             options = {"page_size": block_size} | options

@@ -294,6 +294,12 @@ def test_what_is_asked_for_must_fit(params):
             LLM(model_folder(), **options)
 
 
+@pytest.mark.parametrize("pattern, to", [("layers.(", "x"), ("(.*)", r"\2")])
+def test_a_pattern_that_is_none_is_named(params, pattern, to):
+    with pytest.raises(ConfigError, match=r"param_mapping\[.*(unterminated|invalid group)"):
+        checkpoint_in_memory(params, CONFIGS["llama"], {pattern: ParamRule(to)})
+
+
 # -- engines
 
 

@@ -15,7 +15,8 @@ from jaxengine.errors import CheckpointError
 from jaxengine.models import param_specs
 from jaxengine.sharding import ParamSpec, named_sharding
 from jaxengine.weights import in_memory
-from jaxengine.weights.checkpoint import EMBEDDING, HEAD, Checkpoint, raise_faults
+from jaxengine.weights.checkpoint import EMBEDDING, HEAD, Checkpoint
+from jaxengine.weights.rules import raise_faults
 
 # Threads that load, and so tensors that the host holds at a time. On a CPU they only got in each other's way.
 READERS = {"cpu": 1, "gpu": 8}
@@ -45,26 +46,23 @@ def load_params(
         from jaxengine.weights.dummy import random_params
 
         params = random_params(specs, dtype, mesh, seed)
+        report(len(params), len(params))
+        return params
     elif checkpoint.format == "orbax":
         from jaxengine.weights.orbax_format import restore
 
-        params = restore(checkpoint.path, specs, dtype, mesh)
-    else:
-        try:
-            return _stream(checkpoint, specs, dtype, mesh, report)
-        except ConversionError as error:
-            raise CheckpointError(str(error)) from error
-    report(len(params), len(params))
-    return params
+        return restore(checkpoint.reader, checkpoint.config, dtype, mesh, report)
+    try:
+        return _stream(checkpoint, specs, dtype, mesh, report)
+    except ConversionError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def check_params(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError as `load_params` would, reading names, shapes and dtypes only."""
     specs = param_specs(checkpoint.config)
     if checkpoint.format == "orbax":
-        from jaxengine.weights.orbax_format import check
-
-        check(checkpoint.path, specs)
+        checkpoint.reader.leaves(checkpoint.config)
     elif checkpoint.format in ("safetensors", "gguf"):
         try:
             plan_tensors(checkpoint, specs)

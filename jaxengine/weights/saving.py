@@ -12,11 +12,12 @@ import numpy as np
 from converters import ConversionError, families, safetensors_writer
 from converters.safetensors_writer import SHARD_BYTES
 from converters.tensors import Target
+from jaxengine.config import ParamRule
 from jaxengine.errors import CheckpointError
-from jaxengine.models import param_specs
 from jaxengine.weights.checkpoint import Checkpoint
 from jaxengine.weights.hub import TOKENIZER_FILES
-from jaxengine.weights.orbax_format import raise_unlike, save
+from jaxengine.weights.orbax_format import save
+from jaxengine.weights.rules import find_leaves
 
 
 def check_destination(destination: Path) -> None:
@@ -37,8 +38,7 @@ def save_checkpoint(
     when it is complete; CheckpointError if it is there, or if the parameters are not those of the checkpoint's config.
     """
     check_destination(destination)
-    shapes = {path: array.shape for path, array in params.items()}
-    raise_unlike(destination, shapes, param_specs(checkpoint.config))
+    find_leaves(destination, params, checkpoint.config, {"(.*)": ParamRule(r"\1")})
     partial = destination.with_name(destination.name + ".incomplete")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
