@@ -20,7 +20,7 @@ from benchmarks.common import peer_results, report
 from benchmarks.local_tasks import GSM8K, HELLASWAG, evaluate, write_tasks
 
 TASKS = {"hellaswag": HELLASWAG, "gsm8k": GSM8K}
-PAGE_SIZE = 8  # what a question's endings share is whole pages
+PAGE_SIZE, ROWS = 8, 64  # the endings of a question share whole pages; rows enough to fill steps of 512 tokens
 SHOTS = 3  # GSM8K: the file's last rows stand before each question, answered
 WARMUP = 20  # rows that are not timed
 
@@ -75,7 +75,7 @@ def main() -> None:
             chosen = {task: TASKS[task] for task in tasks}
             write_tasks(folders[-1], chosen, {task: documents(args.data, task, rows) for task in tasks})
         timed, warmup = folders
-        lm = HarnessLM(str(args.model), dtype="float32", page_size=PAGE_SIZE)
+        lm = HarnessLM(str(args.model), dtype="float32", page_size=PAGE_SIZE, batch_size=ROWS)
         for task in tasks:
             evaluate(lm, warmup, task)
         ours: dict[str, list[Any]] = {task: [] for task in tasks}
