@@ -41,16 +41,19 @@ def write_tasks(
 
 
 def evaluate(lm: Any, folder: Path, task: str) -> dict[str, Any]:
-    """{"metrics": {name: value}, "answers": [answer of each request], "seconds": wall time} of a task in `folder`."""
+    """{"metrics": {name: value}, "answers": [answer of each request], "seconds", "cpu_seconds"} of a task in `folder`.
+
+    cpu_seconds: of all threads of this process; who waits for a core that others use does not pay for it.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     found = simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=True)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     samples = {sample["doc_id"]: sample for sample in found["samples"][task]}  # once, however many filters there are
     metrics = {name: float(value) for name, value in found["results"][task].items()
                if isinstance(value, float) and "stderr" not in name}  # fmt: skip
     answers = [answer for _, sample in sorted(samples.items()) for [answer] in sample["resps"]]
-    return {"metrics": metrics, "answers": answers, "seconds": seconds}
+    return {"metrics": metrics, "answers": answers, "seconds": seconds, "cpu_seconds": cpu}

@@ -5,9 +5,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
+import numpy as np
+
 from jaxengine.errors import EngineError, WeightsDeletedError
 from jaxengine.llm import LLM
 from jaxengine.request import RequestOutput, SamplingParams, WeightUpdate
+from jaxengine.reranking import RankedDocument
+from jaxengine.scoring import Score
 from jaxengine.tokenizer import Tokenizer
 
 
@@ -119,6 +123,22 @@ class AsyncLLM:
     async def wake_up(self, params: Any = None, version: int | None = None) -> None:
         """See LLM.wake_up."""
         await asyncio.to_thread(self._llm.wake_up, params, version)
+
+    async def score(self, pairs: Sequence[tuple[Any, Any]], **how: Any) -> list[Score]:
+        """See LLM.score. Cancelled, it runs to its end all the same, unheard; so do the methods below."""
+        return await asyncio.to_thread(self._llm.score, pairs, **{"use_tqdm": False, **how})
+
+    async def score_rolling(self, texts: Sequence[Any], **how: Any) -> list[Score]:
+        """See LLM.score_rolling."""
+        return await asyncio.to_thread(self._llm.score_rolling, texts, **{"use_tqdm": False, **how})
+
+    async def embed(self, prompts: Any, **how: Any) -> np.ndarray:
+        """See LLM.embed."""
+        return await asyncio.to_thread(self._llm.embed, prompts, **{"use_tqdm": False, **how})
+
+    async def rerank(self, query: str, documents: Sequence[str], **how: Any) -> list[RankedDocument]:
+        """See LLM.rerank."""
+        return await asyncio.to_thread(self._llm.rerank, query, documents, **{"use_tqdm": False, **how})
 
     async def logprobs(self, token_ids: Any) -> list[Any]:
         """See LLM.logprobs."""

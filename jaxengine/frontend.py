@@ -7,6 +7,8 @@ from hashlib import blake2b
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+
 from jaxengine.engine.sequence import Request
 from jaxengine.engine.sequence import Sequence as EngineSequence
 from jaxengine.errors import RequestError
@@ -156,8 +158,10 @@ class Reporter:
         """What the request's output_kind shows of it now."""
         request = self._request
         first = request.sequences[0]
-        prompt_logprobs = None
-        if request.params.prompt_logprobs is not None:
+        prompt_logprobs = hidden_state = None
+        if request.params.pooling is not None:
+            hidden_state = None if first.pooled is None else (first.pooled / first.num_pooled).astype(np.float32)
+        elif request.params.prompt_logprobs is not None:
             skipped = max(1, request.params.prompt_logprobs_start)
             ids = request.prompt_token_ids[skipped:]
             prompt_logprobs = Logprobs(ids, first.prompt_logprobs, skipped=skipped, decode=self._decode)
@@ -176,7 +180,7 @@ class Reporter:
         )
         return RequestOutput(
             request.request_id, request.prompt, request.prompt_token_ids, prompt_logprobs, shown, request.finished,
-            metrics, first.num_cached, request.error,
+            metrics, first.num_cached, hidden_state, request.error,
         )  # fmt: skip
 
     def _completion(self, i: int, sequence: EngineSequence, delta: bool) -> CompletionOutput:

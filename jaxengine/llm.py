@@ -19,7 +19,7 @@ from jaxengine.evaluate.batch import BatchSummary, run_batch
 from jaxengine.frontend import Frontend, is_token_ids
 from jaxengine.progress import progress_bar
 from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, SamplingParams, WeightUpdate
-from jaxengine.scoring import Score, encode_pairs, score_pairs, score_rolling
+from jaxengine.text_methods import TextMethods
 from jaxengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ SHIPPED_MODEL = Path(__file__).parent / "assets" / "stdlib-5m"
 LAZY_REQUESTS = 2  # of an iterable of prompts, requests in the engine at a time, in units of max_num_seqs
 
 
-class LLM:
+class LLM(TextMethods):
     """A model that answers. Every method may be called from any thread, with or without a running event loop.
 
     >>> with LLM() as llm:
@@ -194,88 +194,7 @@ class LLM:
         parsed = self.frontend.token_ids([prompts] if single else list(prompts))
         return beam_search(self.generate, self.frontend, parsed, params, use_tqdm)
 
-    # -- scores
-
-    def score(
-        self,
-        pairs: Sequence[tuple[Any, Any]],
-        *,
-        add_special_tokens: bool = True,
-        truncate: bool = False,
-        use_tqdm: bool | Callable[..., Any] = True,
-    ) -> list[Score]:
-        """How probable each continuation is behind its context: one Score for each pair, in their order.
-
-        pairs: (context, continuation), two texts or two lists of token ids. Pairs of one context are computed together
-        and share it through the prefix cache. Tokens are cut as in lm-evaluation-harness: the context's trailing spaces
-        belong to the continuation, and an empty context is the BOS token (EOS, where there is none).
-        add_special_tokens: the context gets what the tokenizer puts before a text. truncate: a context too long for
-        max_model_len (the last token, a target only, does not count) loses its first tokens; otherwise it raises.
-
-        Raises RequestError for bad input, EngineError when the device fails.
-
-        >>> with LLM() as llm:
-        ...     scores = llm.score([("import os", "\\nimport sys"), ("import os", "\\n)))")], use_tqdm=False)
-        >>> scores[0].logprob > scores[1].logprob
-        True
-        """
-        ids = encode_pairs(list(pairs), self.encode, self.prefix_token, add_special_tokens)  # type: ignore[arg-type]
-        return score_pairs(
-            self.generate, ids, max_model_len=self.max_model_len, truncate=truncate, use_tqdm=use_tqdm
-        )  # fmt: skip
-
-    def loglikelihood(self, pairs: Sequence[tuple[Any, Any]], **how: Any) -> list[tuple[float, bool]]:
-        """`score`, as lm-evaluation-harness has it: (sum of log-probabilities, is it what greedy decoding gives)."""
-        return [(score.logprob, score.is_greedy) for score in self.score(pairs, **how)]
-
-    def score_rolling(self, texts: Sequence[Any], *, use_tqdm: bool | Callable[..., Any] = True) -> list[Score]:
-        """How probable whole texts are (texts, or lists of token ids): one Score of all tokens of each.
-
-        The first token stands behind BOS (EOS, where there is none), which is not scored. A text longer than
-        max_model_len comes in windows, as in lm-evaluation-harness with a context of one token. Raises like `score`.
-        """
-        ids = [self.get_tokenizer().encode(text, False) if isinstance(text, str) else list(text) for text in texts]
-        return score_rolling(
-            self.generate, ids, self.prefix_token(), max_model_len=self.max_model_len, use_tqdm=use_tqdm
-        )  # fmt: skip
-
-    def loglikelihood_rolling(self, texts: Sequence[Any], **how: Any) -> list[float]:
-        """The sums of `score_rolling`."""
-        return [score.logprob for score in self.score_rolling(texts, **how)]
-
-    def logprobs(self, token_ids: Any, *, use_tqdm: bool = False) -> list[Any]:
-        """Teacher-forced: what the model gives each token of these sequences but the first, all those before it given.
-
-        token_ids: several lists of token ids. Answers float32 [len - 1] for each. They run as one batch among whatever
-        else is served, and each is of one weight version. Raises RequestError, EngineError.
-
-        >>> with LLM() as llm:
-        ...     [found] = llm.logprobs([llm.encode("import os")])
-        >>> len(found) == len(llm.encode("import os")) - 1 and bool((found < 0).all())
-        True
-        """
-        params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
-        outputs = self.generate([{"prompt_token_ids": ids} for ids in token_ids], params, use_tqdm=use_tqdm)
-        for output in outputs:
-            if output.error is not None:
-                raise output.error
-        return [output.prompt_logprobs.logprobs for output in outputs if output.prompt_logprobs is not None]
-
-    def prefix_token(self) -> int:
-        """What stands before a text that has nothing before it: BOS, or EOS. Raises RequestError when there is none."""
-        tokenizer = self.get_tokenizer()
-        for name in ("bos_token", "eos_token"):
-            text = tokenizer.special_tokens.get(name)
-            if text is not None and (token := tokenizer.token_id(text)) is not None:
-                return token
-        raise RequestError("an empty context needs a BOS or EOS token, and the tokenizer names none: give a context")
-
-    def encode(self, text: str | Sequence[str], add_special_tokens: bool = True) -> list[int] | list[list[int]]:
-        """Token ids of a text, or of each text."""
-        tokenizer = self.get_tokenizer()
-        if isinstance(text, str):
-            return tokenizer.encode(text, add_special_tokens)
-        return tokenizer.encode_batch(text, add_special_tokens)
+    # -- batches
 
     def run_batch(self, source: Any, sink: Any, **options: Any) -> BatchSummary:
         """Answers a batch in OpenAI's format, line by line; started again it goes on where it was stopped.
@@ -484,8 +403,6 @@ def _later(name: str, instead: str) -> Any:
 
 
 for _name, _instead in {
-    "embed": "only generation is served",
-    "rerank": "only generation is served",
     "apply_model": "jaxengine.models.build makes the module from canonical parameters",
 }.items():
     setattr(LLM, _name, _later(_name, _instead))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from jaxengine.errors import RequestError, UnsupportedError
 
 OutputKind = Literal["cumulative", "delta", "final_only"]
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+Pooling = Literal["last", "mean", "cls"]  # of hidden states: the last token's, the mean of all, the first token's
 MAX_LOGIT_BIAS = 512  # entries: each row of a step has room for so many
 GREEDY_BELOW = 1e-5  # a temperature under this is 0
 INT32_MAX, FLOAT32_MAX = 2**31 - 1, 3.4e38  # what the device holds
@@ -77,6 +78,7 @@ class SamplingParams:
     output_kind: OutputKind = "cumulative"  # of a stream: all so far, what is new, or nothing until the end
     structured_outputs: Any = None
     timeout: float | None = None  # seconds from arrival, then finish_reason is "timeout"
+    pooling: ClassVar[Pooling | None] = None  # see PoolingParams
 
     def __post_init__(self):
         if self.structured_outputs is not None:
@@ -158,6 +160,13 @@ class SamplingParams:
     def needs_everything(self) -> bool:
         """Is more needed than a token drawn from the model's own logits?"""
         return self.edits_logits or self.logprobs is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingParams(SamplingParams):
+    """Asks for the hidden states of a prompt, but for those of its last token, which is not computed. See embedding."""
+
+    pooling: Pooling = "last"  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -399,6 +408,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0  # prompt tokens whose keys and values came from the prefix cache
+    hidden_state: np.ndarray | None = None  # float32 [hidden_size], what PoolingParams asked for
     error: Exception | None = field(default=None, compare=False)  # why finish_reason is "error"
 
 

@@ -107,14 +107,18 @@ class MaskWrite:
 
 @dataclass(frozen=True)
 class PromptSpan:
-    """Consecutive prompt tokens of a row, of whose successors the log-probabilities are asked for."""
+    """Consecutive prompt tokens of a row, of whose successors the log-probabilities are asked for.
+
+    `pooled`: the sum of their hidden states is, instead.
+    """
 
     slot: int
     position: int  # of the first one, in its sequence
     token: int  # its place in the step
-    begin: int  # its place among all that are asked for
+    begin: int  # its place among all that are asked for; pooled: the span's among pooled ones
     count: int
     whole: bool  # the whole vocabulary is asked for
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ class StepInputs:
     logit_writes: Sequence[LogitWrite] = ()
     mask_writes: Sequence[MaskWrite] = ()
     prompt_asked: np.ndarray | None = None  # int32 [2, tokens]: a token's place in the step (or -1), its successor
-    prompt_spans: Sequence[PromptSpan] = ()  # what `prompt_asked` holds, row by row
+    pooled_rows: np.ndarray | None = None  # int32 [tokens]: the pooled span that a token belongs to, or -1
+    prompt_spans: Sequence[PromptSpan] = ()  # what these two hold, row by row
     whole_vocab: bool = False  # log-probabilities of the whole vocabulary for each sampled row
 
 
@@ -147,3 +152,4 @@ class StepOutputs:
     vocab_logprobs: np.ndarray | None = None  # float32 [rows, vocab]
     prompt: tuple[np.ndarray, ...] | None = None  # logprob, rank, top ids, top logprobs of what was asked for
     prompt_vocab: Sequence[np.ndarray] = field(default_factory=tuple)  # per `whole` span, float32 [count, vocab]
+    pooled: np.ndarray | None = None  # float32 [rows, hidden]: sums of hidden states, per pooled span

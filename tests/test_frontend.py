@@ -120,7 +120,7 @@ def test_bad_options(options, error, message):
         LLM(model_folder(), **({} if "block_size" in options else {"page_size": 8}), **options)
 
 
-@pytest.mark.parametrize("name", ["embed", "rerank", "apply_model"])
+@pytest.mark.parametrize("name", ["apply_model"])
 def test_what_is_not_built_yet(llm, name):
     with pytest.raises(UnsupportedError, match=f"LLM.{name} is not built yet; "):
         getattr(llm, name)("anything", some=1)

@@ -76,6 +76,7 @@ def test_one_version():
     [
         "jaxengine",
         "jaxengine.llm",
+        "jaxengine.text_methods",
         "jaxengine.async_llm",
         "jaxengine.config",
         "jaxengine.request",

@@ -74,7 +74,8 @@ def build_batch(rows: Rows, table: SlotTable, buckets: Buckets, vocab_size: int)
     head = buckets.head(len(sampling)) if len(sampling) else None
     return rows, StepInputs(
         "mixed", bucket, packed, mode, head, _pack_head(rows, head, buckets.max_num_seqs) if head else None,
-        prompt_asked=_prompt_asked(prompt_spans, table, bucket) if prompt_spans else None,
+        prompt_asked=_prompt_asked([s for s in prompt_spans if not s.pooled], table, bucket),
+        pooled_rows=_pooled_rows([s for s in prompt_spans if s.pooled], bucket),
         prompt_spans=prompt_spans,
         whole_vocab=mode == "everything" and any(s.params.logprobs == -1 for s in table.sequence[sampling]),
         **writes,
@@ -186,9 +187,9 @@ def banned_tokens(sequence: Sequence, in_flight: int) -> frozenset[int]:
 
 
 def _prompt_spans(rows: Rows, table: SlotTable) -> list[PromptSpan]:
-    """The hidden states of this step whose successors' log-probabilities are asked for and still missing."""
+    """The hidden states of this step that are asked for, or their successors' log-probabilities, and still missing."""
     spans: list[PromptSpan] = []
-    begin, first = 0, np.cumsum(rows.count) - rows.count
+    begin, pooled, first = 0, 0, np.cumsum(rows.count) - rows.count
     for i in table.asks_prompt[rows.slots].nonzero()[0].tolist():
         slot, start, end = int(rows.slots[i]), int(rows.start[i]), int(rows.start[i] + rows.count[i])
         sequence: Sequence = table.sequence[slot]
@@ -197,13 +198,28 @@ def _prompt_spans(rows: Rows, table: SlotTable) -> list[PromptSpan]:
             continue
         state = max(position - 1, start)
         count = min(end, sequence.num_prompt - 1) - state
-        whole = sequence.params.prompt_logprobs == -1
-        spans.append(PromptSpan(slot, state, int(first[i]) + state - start, begin, count, whole))
-        begin += count
+        token, pooling = int(first[i]) + state - start, sequence.params.pooling
+        if pooling is None:
+            spans.append(PromptSpan(slot, state, token, begin, count, sequence.params.prompt_logprobs == -1))
+            begin += count
+        elif pooling != "cls" or state == 0:
+            spans.append(PromptSpan(slot, state, token, pooled, 1 if pooling == "cls" else count, False, pooled=True))
+            pooled += 1
     return spans
 
 
-def _prompt_asked(spans: Seq[PromptSpan], table: SlotTable, bucket: Bucket) -> np.ndarray:
+def _pooled_rows(spans: Seq[PromptSpan], bucket: Bucket) -> np.ndarray | None:
+    if not spans:
+        return None
+    rows = np.full(bucket.tokens, -1, np.int32)
+    for span in spans:
+        rows[span.token : span.token + span.count] = span.begin
+    return rows
+
+
+def _prompt_asked(spans: Seq[PromptSpan], table: SlotTable, bucket: Bucket) -> np.ndarray | None:
+    if not spans:
+        return None
     asked = np.zeros((2, bucket.tokens), np.int32)
     asked[0] = -1
     for span in spans:

@@ -167,8 +167,7 @@ class Engine:
         self._torn, self._committing = True, slots.sequence[rows.slots]
         self._steps.popleft()
         now = time.time()
-        if outputs.prompt is not None:
-            self._keep_prompt_logprobs(step, outputs)
+        self._keep_prompt_results(step, outputs)
         sampled, counts = rows.slots[rows.samples], np.minimum(rows.count, rows.steps)[rows.samples]
         index = slots.live[sampled].nonzero()[0]  # what others drew after their end is dropped
         drawn, tokens, counts = sampled[index], outputs.tokens[index], counts[index]
@@ -229,14 +228,18 @@ class Engine:
     def _stop_ids(self, request: Request) -> list[int]:
         return [token for token in request.stop_token_ids if token < self.vocab_size]
 
-    def _keep_prompt_logprobs(self, step: _Step, outputs: StepOutputs) -> None:
-        assert outputs.prompt is not None
+    def _keep_prompt_results(self, step: _Step, outputs: StepOutputs) -> None:
         slots, whole = self.scheduler.slots, iter(outputs.prompt_vocab)
         for span in step.prompt_spans:
             rows = next(whole) if span.whole else None
             if slots.live[span.slot]:
                 sequence = slots.sequence[span.slot]
-                _keep_prompt_logprobs(sequence, span, outputs.prompt, rows)
+                if span.pooled:
+                    assert outputs.pooled is not None
+                    sequence.pool(outputs.pooled[span.begin], span.position, span.count)
+                else:
+                    assert outputs.prompt is not None
+                    _keep_prompt_logprobs(sequence, span, outputs.prompt, rows)
                 slots.asks_prompt[span.slot] = sequence.next_prompt_logprob is not None
 
     def _finish(self, sequence: Sequence, reason: str, stop: int | str | None = None) -> None:

@@ -21,6 +21,7 @@ from jaxengine.engine.batch import Buckets
 from jaxengine.engine.device_weights import DeviceWeights
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
 from jaxengine.layers.attention import AttentionInputs, Implementation
+from jaxengine.layers.pooling import pooled_sums
 from jaxengine.request import MAX_LOGIT_BIAS
 from jaxengine.sampling import (
     SamplingFields,
@@ -207,6 +208,8 @@ class Runner:
             # The whole vocabulary goes to the host chunk by chunk: on the device it would not fit.
             whole = [(span.token, span.token + span.count) for span in inputs.prompt_spans if span.whole]
             spans = [self._vocab_logprobs(hidden, *span) for span in whole]
+        if inputs.pooled_rows is not None:
+            arrays = {**arrays, "pooled": self._run("pool", (inputs.bucket,), leaves, hidden, inputs.pooled_rows)}
         return Flight(arrays, spans)
 
     def _vocab_logprobs(self, hidden: jax.Array, start: int, end: int) -> np.ndarray:
@@ -274,6 +277,7 @@ class Runner:
             "head": (self._head, (2, 6), rest),
             "prompt": (self._prompt, (), rest),
             "prompt_vocab": (self._prompt_vocab, (), rest),
+            "pool": (self._pool, (), rest),
             "write_slots": (_write_slots, (0, 1, 2), rest),
             "write_rules": (_write_rules, (0,), rest),
             "write_mask": (_write_mask, (0,), rest),
@@ -353,6 +357,9 @@ class Runner:
         chunk = jax.lax.dynamic_slice_in_dim(hidden, first, min(PROMPT_CHUNK, tokens))
         return prompt_vocab_logprobs(chunk, self.weights.module(leaves).head)
 
+    def _pool(self, bucket, leaves, hidden, rows):
+        return pooled_sums(self.weights.module(leaves).norm(hidden), rows, bucket.rows)
+
     # -- warm-up
 
     def warmup(self, on_program: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -383,7 +390,8 @@ class Runner:
             modes = (*((mode, False) for mode in MODES), ("everything", True))
             keys += [("head", (self.buckets.head(rows), *mode)) for mode in modes]
         for tokens in self.buckets.tokens:
-            keys += [("mixed", (self.buckets.mixed(tokens),)), ("prompt", (tokens,)), ("prompt_vocab", (tokens,))]
+            bucket = self.buckets.mixed(tokens)
+            keys += [("mixed", (bucket,)), ("prompt", (tokens,)), ("prompt_vocab", (tokens,)), ("pool", (bucket,))]
         return [*keys, ("write_slots", ()), ("write_rules", ()), ("write_mask", ())]
 
     def _arguments(self, name: str, key: tuple) -> tuple:
@@ -410,6 +418,8 @@ class Runner:
                 return leaves, hidden(key[0]), np.zeros((2, key[0]), np.int32)
             case "prompt_vocab":
                 return leaves, hidden(key[0]), np.int32(0)
+            case "pool":
+                return leaves, hidden(key[0].tokens), np.zeros(key[0].tokens, np.int32)
             case "write_slots":
                 tables = np.zeros((len(self.groups), SLOT_BATCH, slots.tables.shape[2]), np.int32)
                 ints, floats = np.zeros((SLOT_BATCH, len(SLOT_INTS)), np.int32), (SLOT_BATCH, len(SLOT_FLOATS))

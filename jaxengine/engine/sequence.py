@@ -37,6 +37,8 @@ class Sequence:
     cumulative_logprob: float = 0.0
     logprobs: list[tuple] = field(default_factory=list)  # per output token: logprob, rank, top ids, top logprobs
     prompt_logprobs: list[tuple] = field(default_factory=list)  # per prompt position from the first one asked for
+    pooled: np.ndarray | None = None  # float64 [hidden]: the sum of the prompt's hidden states that were asked for ...
+    num_pooled: int = 0  # ... and how many these are
     weight_versions: list[tuple[int, int]] = field(default_factory=list)  # first output token of a span, its version
     _table: SlotTable | None = None  # of its slot
     _tokens: np.ndarray = field(init=False)
@@ -78,6 +80,7 @@ class Sequence:
         self._tokens = self._tokens[: self.num_prompt].copy()
         self.num_read, self.text, self.cumulative_logprob = 0, "", 0.0
         self.logprobs, self.prompt_logprobs, self.weight_versions = [], [], [(0, version)]
+        self.pooled, self.num_pooled = None, 0
 
     def go_on(self, version: int) -> None:
         """Keeps its tokens; further ones are drawn from weights of this version."""
@@ -128,12 +131,21 @@ class Sequence:
         """Who goes first: a smaller rank. Fixed at arrival, so an old request overtakes every newer one in time."""
         return (*self.request.rank, self.index)
 
+    def pool(self, hidden: np.ndarray, first: int, count: int) -> None:
+        """Takes the sum of `count` hidden states, float32 [hidden], from position `first` on."""
+        assert first + 1 == self.next_prompt_logprob
+        self.pooled = hidden.astype(np.float64) + (0 if self.pooled is None else self.pooled)
+        self.num_pooled += count
+
     @property
     def next_prompt_logprob(self) -> int | None:
-        """The first prompt position whose log-probability is still to be computed; None when there is none."""
-        if self.params.prompt_logprobs is None or self.index:
+        """The first prompt position whose log-probability is still to be computed; None when there is none.
+
+        Where hidden states are pooled instead: the position behind the next one of these.
+        """
+        if self.params.prompt_logprobs is None or self.index or (self.params.pooling == "cls" and self.num_pooled):
             return None
-        position = max(1, self.params.prompt_logprobs_start) + len(self.prompt_logprobs)
+        position = max(1, self.params.prompt_logprobs_start) + len(self.prompt_logprobs) + self.num_pooled
         return position if position < self.num_prompt else None
 
 

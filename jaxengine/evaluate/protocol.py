@@ -5,11 +5,13 @@ absent. `/v1/score` has the fields of vLLM's, for log-likelihoods: see `_score`.
 """
 
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
+from jaxengine.embedding import Embedding
 from jaxengine.errors import RequestError, UnsupportedError
 from jaxengine.request import Logprobs, RequestOutput, SamplingParams
 from jaxengine.scoring import encode_pairs, fit, score_of, score_params
@@ -74,10 +76,6 @@ def job(server: Server, url: str, body: Any, key: str) -> Job:
 
     Raises RequestError naming the field that cannot be served, UnsupportedError for what is not built.
     """
-    if url == "/v1/embeddings":
-        raise UnsupportedError(
-            "/v1/embeddings needs a pooling head, and only generation is served; /v1/score gives log-likelihoods"
-        )
     if url not in ROUTES:
         raise UnsupportedError(f"url={url!r} is not among {sorted(ROUTES)}")
     read, known = ROUTES[url]
@@ -293,12 +291,49 @@ def _score(server: Server, body: Mapping[str, Any], key: str) -> Job:
     return Job([[*a, *b] for a, b in kept], [score_params(pair) for pair in kept], respond)
 
 
+# -- embeddings
+
+
+def _embeddings(server: Server, body: Mapping[str, Any], key: str) -> Job:
+    """`input`: a text, token ids, or a list of these. `pooling`, `normalize`, `dimensions`, `add_special_tokens` and
+    `truncate` as LLM.embed has them; `encoding_format`: float, or base64 of float32, little-endian."""
+    given, llm = body.get("input"), server.llm
+    if not isinstance(given, str | list) or not len(given):
+        raise RequestError(f"input={given!r:.200} must be a text, a list of token ids, or a list of these")
+    inputs = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    special, truncate = _flag(body, "add_special_tokens", True), _flag(body, "truncate", False)
+    encoding = body.get("encoding_format", "float")
+    if encoding not in ("float", "base64"):
+        raise RequestError(f"encoding_format={encoding!r} must be 'float' or 'base64'")
+    how = Embedding(
+        llm.model_config.hidden_size, body.get("pooling", "last"), body.get("normalize", True), body.get("dimensions")
+    )
+    parsed = llm.frontend.token_ids([llm.encode(text, special) if isinstance(text, str) else text for text in inputs])
+    rows = [how.request(row["prompt_token_ids"], llm.max_model_len, truncate) for row in parsed]
+
+    def respond(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        data = []
+        for i, output in enumerate(outputs):
+            vector = how.vector(output)
+            shown = vector.tolist() if encoding == "float" else b64encode(vector.astype("<f4").tobytes()).decode()
+            data.append({"object": "embedding", "index": i, "embedding": shown})
+        count = sum(len(prompt) - 1 for prompt, _ in rows)
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return _head(server, body, key, "list") | {"data": data, "usage": usage}
+
+    return Job([prompt for prompt, _ in rows], [params for _, params in rows], respond)
+
+
 ROUTES: Mapping[str, tuple[Callable[[Server, Mapping[str, Any], str], Job], Sequence[str]]] = {
     "/v1/completions": (_completion, (*SAMPLING, "prompt", "echo", "logprobs", "return_tokens_as_token_ids")),
     "/v1/chat/completions": (
         _chat,
         (*SAMPLING, *TEMPLATE, "messages", "logprobs", "top_logprobs", "max_completion_tokens",
          "return_tokens_as_token_ids"),
+    ),
+    "/v1/embeddings": (
+        _embeddings,
+        ("input", "encoding_format", "dimensions", "pooling", "normalize", "add_special_tokens", "truncate"),
     ),
     "/v1/score": (_score, ("text_1", "text_2", "add_special_tokens", "truncate")),
 }  # fmt: skip

@@ -54,7 +54,7 @@ def run(lines, sink=None, llm=None, **options):
 def test_lines_that_cannot_be_served_do_not_end_the_run(tmp_path):
     good = [completion(i) for i in range(3)]
     bad = [
-        ({"custom_id": "e", "url": "/v1/embeddings", "body": {"input": "x"}}, "unsupported", "needs a pooling head"),
+        ({"custom_id": "e", "url": "/v1/responses", "body": {"input": "x"}}, "unsupported", "url='/v1/responses'"),
         (completion(0), "invalid_request", "custom_id='id-0' stands on a line before"),
         ({"url": "/v1/completions", "body": {}}, "invalid_request", "custom_id=None must be a text"),
         (completion(9) | {"method": "GET"}, "invalid_request", "method='GET'"),

@@ -1,6 +1,7 @@
 """OpenAI's bodies on a tiny model, against what the library itself answers."""
 
 import json
+from base64 import b64decode
 
 import numpy as np
 import pytest
@@ -155,13 +156,35 @@ def test_a_score_is_what_score_gives():
     assert long["usage"]["prompt_tokens"] == shared_llm().max_model_len + 1
 
 
+# -- embeddings
+
+
+def test_embeddings_are_what_embed_gives():
+    llm = shared_llm()
+    want = llm.embed(["def f", "x y"], pooling="mean", dimensions=8, use_tqdm=False)
+    body = {"input": ["def f", "x y"], "pooling": "mean", "dimensions": 8}
+    found = ask("embeddings", body)
+    np.testing.assert_allclose([entry["embedding"] for entry in found["data"]], want, atol=1e-5)
+    assert [entry["index"] for entry in found["data"]] == [0, 1]
+    count = sum(map(len, llm.encode(["def f", "x y"])))
+    assert found["usage"] == {"prompt_tokens": count, "total_tokens": count}
+    packed = ask("embeddings", body | {"encoding_format": "base64"})["data"][1]["embedding"]
+    np.testing.assert_allclose(np.frombuffer(b64decode(packed), "<f4"), want[1], atol=1e-5)
+    [ids] = ask("embeddings", {"input": IDS, "normalize": False})["data"]
+    np.testing.assert_allclose(ids["embedding"], llm.embed([IDS], normalize=False, use_tqdm=False)[0], atol=1e-4)
+
+
 # -- what is refused
 
 
 @pytest.mark.parametrize(
     ("url", "body", "error", "message"),
     [
-        ("embeddings", {"input": "x"}, UnsupportedError, "/v1/embeddings needs a pooling head"),
+        ("embeddings", {}, RequestError, "input=None must be"),
+        ("embeddings", {"input": [[]]}, RequestError, "a text without tokens"),
+        ("embeddings", {"input": "x", "encoding_format": "int8"}, RequestError, "encoding_format='int8'"),
+        ("embeddings", {"input": "x", "dimensions": 0}, RequestError, "dimensions=0"),
+        ("embeddings", {"input": "x", "temperature": 0}, RequestError, "no field"),
         ("responses", {}, UnsupportedError, "url='/v1/responses' is not among"),
         ("completions", None, RequestError, "body=None must be an object"),
         ("completions", {}, RequestError, "prompt=None must be"),
