@@ -356,8 +356,9 @@ def _attend(
             seen = ahead <= 0
             if window is not None:
                 seen &= ahead > -window
-            # A query that has seen no key yet gets weights of 1, which decay to 0 with its first: it sees its own.
-            scores = jnp.where(seen, scores, tile.HIDDEN)
+            # Weights of 0 for a query that has seen no key yet too, as `top` is finite. (A finite score would not do:
+            # in one instruction with the subtraction, its product with the factor is not rounded as `top` is.)
+            scores = jnp.where(seen, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=1) * factor)
         decay = jnp.exp2(top - new_top)
         weight = jnp.exp2(scores * factor - jax.lax.broadcast_in_dim(new_top, scores.shape, [0]))

@@ -58,7 +58,9 @@ EXTEND += [
     Case(head_dim=128, group=3, window=100, block_q=128, **MANY_ROWS),
     Case(head_dim=64, group=1, window=1, softcap=3.0, page_size=128, block_q=96, **MANY_ROWS),
     Case(head_dim=256, group=2, block_q=64, **MANY_ROWS),
+    # More items than multiprocessors; tiles of which some queries see nothing.
     Case(head_dim=256, group=4, kv_heads=8, window=100, block_q=64, **MANY_ROWS),
+    *(Case(head_dim=dim, group=2, window=200, block_q=128, **MANY_ROWS) for dim in (64, 128, 256)),
 ]
 WRITE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim")} | {
     "page_size": [16, 128],
