@@ -20,7 +20,7 @@ from benchmarks.common import peer_results, report
 from benchmarks.local_tasks import GSM8K, HELLASWAG, evaluate, write_tasks
 
 TASKS = {"hellaswag": HELLASWAG, "gsm8k": GSM8K}
-PAGE_SIZE, ROWS = 8, 64  # the endings of a question share whole pages; rows enough to fill steps of 512 tokens
+PAGE_SIZE, ROWS = 4, 64  # the endings of a question share whole pages; rows enough to fill steps of 512 tokens
 SHOTS = 3  # GSM8K: the file's last rows stand before each question, answered
 SHOWN = ("task", "seconds", "cpu_seconds", "metrics")
 WARMUP = 20  # rows that are not timed

@@ -49,7 +49,7 @@ ROW_STEP, TOKEN_STEP = 32, 512
 PLATFORMS = {
     "cpu": PlatformDefaults(32, 512, 1, 16, 32, "xla"),
     # Two rows at least: XLA turns the products of a single row into reductions, which take 1.4 times as long.
-    "gpu": PlatformDefaults(256, 4096, 2, 64, 64, "triton"),
+    "gpu": PlatformDefaults(256, 8192, 2, 64, 64, "triton"),
 }
 
 
@@ -166,6 +166,8 @@ def _resolve(
     attention = defaults.attention if config.attention == "auto" else config.attention
     if attention == "triton" and device.platform != "gpu":
         raise ConfigError(f"attention='triton' needs an NVIDIA GPU, this is a {device.platform}; use 'auto' or 'xla'")
+    if attention == "triton" and config.page_size < 8:
+        raise ConfigError(f"page_size={config.page_size} is below the 8 of the GPU's kernels; attention='xla' takes it")
     cache_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     logger.info(
         "%s on %s: dtype=%s kv_cache_dtype=%s attention=%s fuse_weights=%s max_model_len=%d max_num_seqs=%d "

@@ -158,8 +158,8 @@ class EngineConfig:
                      "steps_per_call"):  # fmt: skip
             value = getattr(self, name)
             check(name, value is None or (_is_int(value) and value > 0), "a positive integer or None")
-        check("page_size", _is_int(self.page_size) and 8 <= self.page_size <= 256
-              and self.page_size & (self.page_size - 1) == 0, "a power of two from 8 to 256")  # fmt: skip
+        check("page_size", _is_int(self.page_size) and 1 <= self.page_size <= 256
+              and self.page_size & (self.page_size - 1) == 0, "a power of two from 1 to 256")  # fmt: skip
         check("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "above 0 and at most 1")
         check("steps_in_flight", self.steps_in_flight in (0, 1, 2), "0, 1 or 2")
         check("priority_aging_steps", _is_int(self.priority_aging_steps) and self.priority_aging_steps > 0, "positive")

@@ -97,13 +97,12 @@ def sample(
         edited,
         fields,
     )
-    if logprobs_mode == "raw":
-        distance = _distance(logits)
-    else:
+    scores = logits
+    if logprobs_mode == "processed":
         distance = _scaled_distance(edited, fields)
-        distance = jnp.where(distance <= limit[:, None], distance, jnp.inf)
-    found = _token_logprobs(distance, tokens, num_logprobs)
-    whole = _log_softmax(distance) if whole_vocab else jnp.zeros((rows, 0), jnp.float32)
+        scores = jnp.where(distance <= limit[:, None], -distance, -jnp.inf)
+    found = _token_logprobs(scores, tokens, num_logprobs)
+    whole = _log_softmax(scores) if whole_vocab else jnp.zeros((rows, 0), jnp.float32)
     return Sampled(tokens, *found, whole)
 
 
@@ -177,8 +176,13 @@ def count_tokens(counts: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.
 
 def _distance(logits: jax.Array) -> jax.Array:
     """float32 [R, V] -> largest logit - logit, 0 or more; infinite for logits of -inf, even if all are."""
+    return _best(logits) - logits
+
+
+def _best(logits: jax.Array) -> jax.Array:
+    """float32 [R, V] -> [R, 1]; 0 where all are -inf."""
     best = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.where(best == -jnp.inf, 0.0, best) - logits
+    return jnp.where(best == -jnp.inf, 0.0, best)
 
 
 def _scaled_distance(logits: jax.Array, fields: SamplingFields) -> jax.Array:
@@ -266,22 +270,30 @@ def _fold_in(key: tuple[jax.Array, jax.Array], data: jax.Array) -> tuple[jax.Arr
 # -- log-probabilities
 
 
-def _log_total(distance: jax.Array) -> jax.Array:
-    total = jnp.sum(jnp.exp(-distance), axis=-1, keepdims=True)
-    return jnp.log(jnp.maximum(total, 1.0))  # the best token alone is 1; less: every logit is -inf
+def _log_softmax(scores: jax.Array) -> jax.Array:
+    best, log_total = _totals(scores)
+    return scores - best - log_total
 
 
-def _log_softmax(distance: jax.Array) -> jax.Array:
-    return -distance - _log_total(distance)
+def _totals(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The best of each row (0 where all are -inf), and the logarithm of what all weigh beside it."""
+    best = _best(scores)
+    total = jnp.sum(jnp.exp(scores - best), axis=-1, keepdims=True)
+    return best, jnp.log(jnp.maximum(total, 1.0))  # the best token alone is 1; less: every score is -inf
 
 
-def _token_logprobs(distance: jax.Array, tokens: jax.Array, k: int) -> TokenLogprobs:
-    """Of `tokens` and of the k best. Both come from `distance` in the same way: equal tokens have equal floats."""
-    log_total = _log_total(distance)
-    own = jnp.take_along_axis(distance, tokens[:, None], axis=-1)
-    rank = 1 + jnp.sum(distance < own, axis=-1, dtype=jnp.int32)
-    best, ids = jax.lax.top_k(-distance, min(k, distance.shape[-1]))
-    return TokenLogprobs((-own - log_total)[:, 0], rank, ids, best - log_total)
+def _token_logprobs(scores: jax.Array, tokens: jax.Array, k: int, any_best: jax.Array | bool = True) -> TokenLogprobs:
+    """Of `tokens` and, if `any_best` are asked for, of the k best: the search for these costs more than the rest.
+
+    Both come from `scores` in the same way: equal tokens have equal floats.
+    """
+    best, log_total = _totals(scores)
+    own = jnp.take_along_axis(scores, tokens[:, None], axis=-1)
+    rank = 1 + jnp.sum(scores > own, axis=-1, dtype=jnp.int32)
+    k = min(k, scores.shape[-1])
+    none = jnp.zeros((len(scores), k), jnp.float32)
+    top, ids = jax.lax.cond(any_best, lambda: tuple(jax.lax.top_k(scores, k)), lambda: (none, none.astype(jnp.int32)))
+    return TokenLogprobs((own - best - log_total)[:, 0], rank, ids, top - best - log_total)
 
 
 def prompt_logprobs(
@@ -291,11 +303,13 @@ def prompt_logprobs(
     targets: jax.Array,
     num_logprobs: int,
     chunk: int = 128,
+    any_best: jax.Array | bool = True,
 ) -> TokenLogprobs:
     """Log-probability of targets[t] under head(hidden[places[t]]), and of the best; anything where places[t] is -1.
 
     hidden [T, E]; places, targets int32 [T], those that are asked for first. `head` maps [chunk, E] to logits [chunk,
-    V]: it is computed for what is asked for only, and logits of no more than `chunk` tokens exist at a time.
+    V]: it is computed for what is asked for only, and logits of no more than `chunk` tokens exist at a time. What
+    it says of the best holds if `any_best` are asked for.
     """
     count = len(places)
     chunk = min(chunk, count)
@@ -305,7 +319,7 @@ def prompt_logprobs(
     def one(i) -> TokenLogprobs:
         rows = hidden[jax.lax.dynamic_slice_in_dim(places, i * chunk, chunk)]
         ids = jax.lax.dynamic_slice_in_dim(targets, i * chunk, chunk)
-        return _token_logprobs(_distance(head(rows).astype(jnp.float32)), ids, num_logprobs)
+        return _token_logprobs(head(rows).astype(jnp.float32), ids, num_logprobs, any_best)
 
     def body(i, found: TokenLogprobs) -> TokenLogprobs:
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
@@ -319,4 +333,4 @@ def prompt_logprobs(
 
 def prompt_vocab_logprobs(hidden: jax.Array, head: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """hidden [chunk, E] -> log-probabilities float32 [chunk, V], the same floats as `prompt_logprobs` gives."""
-    return _log_softmax(_distance(head(hidden).astype(jnp.float32)))
+    return _log_softmax(head(hidden).astype(jnp.float32))

@@ -22,7 +22,7 @@ class Score:
 
     token_ids: np.ndarray  # int64 [n]
     logprobs: np.ndarray  # float32 [n]
-    greedy: np.ndarray  # bool [n]: is it the most probable token in its place, the lowest id among equals?
+    greedy: np.ndarray  # bool [n]: is no other token more probable in its place?
     num_context_tokens: int  # that were looked at; of a rolling score, of all windows
     num_computed_tokens: int  # that the model ran on: not those of the prefix cache, nor the last one, a target only
     num_truncated_tokens: int = 0  # of the context, dropped at its beginning
@@ -126,7 +126,7 @@ def fit(pair: Pair, max_model_len: int, truncate: bool) -> Pair:
 def score_params(pair: Pair) -> SamplingParams:
     """What the request for a pair, its prompt both after each other, asks for."""
     return SamplingParams(
-        max_tokens=0, temperature=0, prompt_logprobs=1, prompt_logprobs_start=len(pair[0]), detokenize=False
+        max_tokens=0, temperature=0, prompt_logprobs=0, prompt_logprobs_start=len(pair[0]), detokenize=False
     )
 
 
@@ -150,7 +150,7 @@ def score_of(output: RequestOutput, dropped: int = 0) -> Score:
         raise output.error
     found = output.prompt_logprobs
     assert found is not None
-    greedy = found.top_token_ids[:, 0] == found.token_ids
+    greedy = found.ranks == 1
     num_context = len(output.prompt_token_ids) - len(found.token_ids)
     computed = len(output.prompt_token_ids) - 1 - output.num_cached_tokens
     return Score(found.token_ids, found.logprobs, greedy, num_context, computed, dropped)

@@ -117,7 +117,7 @@ class PromptSpan:
     token: int  # its place in the step
     begin: int  # its place among all that are asked for; pooled: the span's among pooled ones
     count: int
-    whole: bool  # the whole vocabulary is asked for
+    best: int = 0  # how many of the best tokens are asked for in each place; -1: the whole vocabulary
     pooled: bool = False
 
 

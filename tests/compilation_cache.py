@@ -17,6 +17,7 @@ from jaxengine import LLM, SamplingParams
 model, options = json.loads(sys.argv[1])
 with LLM(model, **options) as llm:
     llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)
+    llm._runner._compiler.shutdown()  # what it still compiles ahead is counted too
     print(json.dumps({
         "attention": llm._runner.attention,
         "programs": sorted({name for name, *_ in llm._runner._programs}),

@@ -355,7 +355,7 @@ class FakeRunner:
             spans = [
                 np.stack([distribution(x, self.vocab) for x in hiddens[span.token : span.token + span.count]])
                 for span in inputs.prompt_spans
-                if span.whole
+                if span.best == -1
             ]
         return StepOutputs(np.array(tokens, np.int32)[:, None], **extra, prompt=prompt, prompt_vocab=tuple(spans))
 

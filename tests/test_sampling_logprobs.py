@@ -1,5 +1,6 @@
 """Log-probabilities of sampled tokens, of prompts, and of whole vocabularies."""
 
+import math
 from functools import partial
 
 import jax
@@ -101,6 +102,16 @@ def test_the_head_is_computed_for_what_is_asked_for():
         np.testing.assert_allclose(a[:5], b, atol=1e-5)
 
 
+def test_the_best_are_searched_for_only_where_they_are_asked_for():
+    hidden, head, targets = prompt()
+    found, without = (
+        jax.tree.map(np.asarray, prompt_logprobs(jnp.asarray(hidden), head, np.arange(T), targets, 5, CHUNK, any_best))
+        for any_best in (np.True_, np.False_)
+    )
+    assert (without.logprob.tolist(), without.rank.tolist()) == (found.logprob.tolist(), found.rank.tolist())
+    assert found.top_ids.any() and not without.top_ids.any()
+
+
 def test_prompt_log_probabilities_of_the_whole_vocabulary():
     hidden, head, targets = prompt()
     whole = np.asarray(jax.jit(prompt_vocab_logprobs, static_argnums=1)(hidden[:CHUNK], head))
@@ -118,7 +129,5 @@ def test_prompt_logits_exist_by_the_chunk_only():
     hidden, head, targets = prompt()
     chunked = shapes(lambda h, t: prompt_logprobs(h, head, np.arange(T), t, 5, CHUNK), hidden, targets)
     assert (CHUNK, V) in chunked  # the walk does see what is inside
-    assert (
-        max(shape[-2] * shape[-3] if len(shape) > 2 else shape[0] for shape in chunked if shape[-1:] == (V,)) == CHUNK
-    )
+    assert max(math.prod(shape[:-1]) for shape in chunked if shape[-1:] == (V,)) == CHUNK
     assert (T, V) in shapes(lambda h, t: prompt_logprobs(h, head, np.arange(T), t, 5, T), hidden, targets)

@@ -200,10 +200,10 @@ def _prompt_spans(rows: Rows, table: SlotTable) -> list[PromptSpan]:
         count = min(end, sequence.num_prompt - 1) - state
         token, pooling = int(first[i]) + state - start, sequence.params.pooling
         if pooling is None:
-            spans.append(PromptSpan(slot, state, token, begin, count, sequence.params.prompt_logprobs == -1))
+            spans.append(PromptSpan(slot, state, token, begin, count, sequence.params.prompt_logprobs or 0))
             begin += count
         elif pooling != "cls" or state == 0:
-            spans.append(PromptSpan(slot, state, token, pooled, 1 if pooling == "cls" else count, False, pooled=True))
+            spans.append(PromptSpan(slot, state, token, pooled, 1 if pooling == "cls" else count, pooled=True))
             pooled += 1
     return spans
 

@@ -231,7 +231,7 @@ class Engine:
     def _keep_prompt_results(self, step: _Step, outputs: StepOutputs) -> None:
         slots, whole = self.scheduler.slots, iter(outputs.prompt_vocab)
         for span in step.prompt_spans:
-            rows = next(whole) if span.whole else None
+            rows = next(whole) if span.best == -1 else None
             if slots.live[span.slot]:
                 sequence = slots.sequence[span.slot]
                 if span.pooled:

@@ -203,10 +203,11 @@ class Runner:
             self._rules = rules or self._rules
         spans = []
         if inputs.prompt_asked is not None:
-            found = self._run("prompt", (inputs.bucket.tokens,), leaves, hidden, inputs.prompt_asked)
+            any_best = np.bool_(any(span.best > 0 for span in inputs.prompt_spans))
+            found = self._run("prompt", (inputs.bucket.tokens,), leaves, hidden, inputs.prompt_asked, any_best)
             arrays = {**arrays, "prompt": found}
             # The whole vocabulary goes to the host chunk by chunk: on the device it would not fit.
-            whole = [(span.token, span.token + span.count) for span in inputs.prompt_spans if span.whole]
+            whole = [(span.token, span.token + span.count) for span in inputs.prompt_spans if span.best == -1]
             spans = [self._vocab_logprobs(hidden, *span) for span in whole]
         if inputs.pooled_rows is not None:
             arrays = {**arrays, "pooled": self._run("pool", (inputs.bucket,), leaves, hidden, inputs.pooled_rows)}
@@ -349,9 +350,9 @@ class Runner:
         rules = rules._replace(counts=count_tokens(rules.counts, slots, drawn.tokens))
         return last_token, rules, drawn._asdict()
 
-    def _prompt(self, tokens, leaves, hidden, asked):
-        head = self.weights.module(leaves).head
-        return prompt_logprobs(hidden, head, asked[0], asked[1], self.config.max_logprobs, min(PROMPT_CHUNK, tokens))
+    def _prompt(self, tokens, leaves, hidden, asked, any_best):
+        head, most = self.weights.module(leaves).head, self.config.max_logprobs
+        return prompt_logprobs(hidden, head, asked[0], asked[1], most, min(PROMPT_CHUNK, tokens), any_best)
 
     def _prompt_vocab(self, tokens, leaves, hidden, first):
         chunk = jax.lax.dynamic_slice_in_dim(hidden, first, min(PROMPT_CHUNK, tokens))
@@ -415,7 +416,7 @@ class Runner:
             case "mixed":
                 return leaves, self._cache, slots.last_token, slots.tables, packed()
             case "prompt":
-                return leaves, hidden(key[0]), np.zeros((2, key[0]), np.int32)
+                return leaves, hidden(key[0]), np.zeros((2, key[0]), np.int32), np.bool_(False)
             case "prompt_vocab":
                 return leaves, hidden(key[0]), np.int32(0)
             case "pool":

@@ -104,7 +104,7 @@ def test_prompt_logprobs_are_computed_from_their_start_only():
     assert inputs.prompt_asked is None and list(inputs.prompt_spans) == []
     _, inputs = build_batch(rows_of((0, 3, 2, True)), table, buckets, 16)
     assert inputs.prompt_asked.tolist() == [[0, -1, -1, -1], [9, 0, 0, 0]]
-    assert inputs.prompt_spans == [PromptSpan(slot=0, position=3, token=0, begin=0, count=1, whole=True)]
+    assert inputs.prompt_spans == [PromptSpan(slot=0, position=3, token=0, begin=0, count=1, best=-1)]
 
 
 def test_masks_hold_a_bit_for_each_token_that_may_be_drawn():
