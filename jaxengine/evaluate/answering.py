@@ -13,7 +13,6 @@ from jaxengine.evaluate.protocol import Job, Server, job, response_id
 from jaxengine.progress import count_tokens
 from jaxengine.request import RequestOutput
 
-AHEAD = 2  # requests in the engine at a time, in units of max_num_seqs
 LINE_FIELDS = {"custom_id", "method", "url", "body"}
 CODES = {RequestError: "invalid_request", UnsupportedError: "unsupported", EngineError: "engine_error"}
 
@@ -51,7 +50,7 @@ class Started:
 
 
 class Answering:
-    """An LLM that answers lines; `made_by` is the manifest of its answers.
+    """An LLM that answers lines. made_by: the manifest of its answers. ahead: so many requests keep it busy.
 
     Raises RequestError for bad `defaults`.
     """
@@ -61,6 +60,7 @@ class Answering:
         self.llm = llm
         self.server = Server(llm, served_names or [given.name, str(given)], dict(defaults))
         self.made_by = manifest(self.server, served_names)
+        self.ahead: int = 2 * llm.config.max_num_seqs
 
     def start(self, line: Line, tell: Callable[[Started, RequestOutput], None]) -> Started | Answer:
         """Hands a line's requests to the engine; `tell` gets the end of each, in the engine's thread.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxengine.errors import ConfigError, RequestError, UnsupportedError
-from jaxengine.evaluate.answering import AHEAD, Answer, Answering, Line, Started, failure
+from jaxengine.evaluate.answering import Answer, Answering, Line, Started, failure
 from jaxengine.evaluate.journal import Journal, KeySet, Record, id_key, line_key
 from jaxengine.evaluate.protocol import SAMPLING
 from jaxengine.evaluate.tables import Source, open_source
@@ -66,7 +66,7 @@ def run_batch(
         )
     lines = open_source(source, column, id_column, url)
     answering = Answering(llm, defaults or {}, list_names(served_model_name))
-    with closing(_Engine(answering, max_in_flight or AHEAD * llm.config.max_num_seqs)) as engine:
+    with closing(_Engine(answering, max_in_flight or answering.ahead)) as engine:
         return answer_all(engine, answering.made_by, lines, sink, retry_errors, use_tqdm, stop or Stop())
 
 
