@@ -243,10 +243,11 @@ def run_batch(
     ] = None,
     retry_errors: Annotated[bool, typer.Option(help="Run the lines again that have an error.")] = False,
     max_in_flight: Annotated[
-        int | None, typer.Option(help="Requests in the engine at a time; else twice max_num_seqs.", min=1)
+        int | None,
+        typer.Option(help="Requests (of replicas: lines) in an engine at a time; else twice max_num_seqs.", min=1),
     ] = None,
     replicas: Annotated[
-        int | None, typer.Option(help="So many engines, on a GPU or CPU each of a Ray cluster.", min=1)
+        int | None, typer.Option(help="Engines, each on a GPU (or CPU) of a Ray cluster; else one, without Ray.", min=1)
     ] = None,
 ) -> None:
     """Answer a file of requests. Stopped in any way, the same command goes on where it was.

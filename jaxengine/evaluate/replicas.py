@@ -259,13 +259,13 @@ class _Replicas:
         return [future.result()]
 
     def _lost(self, replica: _Replica, error: Exception) -> list[Answer]:
-        """Its lines are for others, but for one that it had alone as others had before; a new one begins."""
+        """Its lines are for others, but for one that has had its tries; a new replica begins."""
         cause = getattr(error, "cause", error)  # what was raised there
         if isinstance(cause, HOPELESS):
             raise cause from error
         self._replicas.discard(replica)
         self._kill(replica.actor)
-        logger.warning("a replica died with %d lines, which others do: %s", len(replica.lines), error)
+        logger.warning("a replica died while it had %d lines: %s", len(replica.lines), error)
         refused = []
         for line in replica.lines.values():
             self._died[line.number] += 1
