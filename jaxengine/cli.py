@@ -9,9 +9,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -130,12 +130,14 @@ def open_llm(engine: Given) -> Iterator[Any]:
     """An LLM with these options."""
     from jaxengine.llm import LLM
 
-    cache = engine.get("compilation_cache")
-    if cache in ("True", "False"):
-        engine = engine | {"compilation_cache": cache == "True"}
     claim_memory(engine)
-    with LLM(**engine) as llm:
+    with LLM(**llm_arguments(engine)) as llm:
         yield llm
+
+
+def llm_arguments(engine: Given) -> Given:
+    cache = engine.get("compilation_cache")
+    return engine | {"compilation_cache": cache == "True"} if cache in ("True", "False") else engine
 
 
 def claim_memory(engine: Given) -> None:
@@ -241,7 +243,11 @@ def run_batch(
     ] = None,
     retry_errors: Annotated[bool, typer.Option(help="Run the lines again that have an error.")] = False,
     max_in_flight: Annotated[
-        int | None, typer.Option(help="Requests in the engine at a time; else twice max_num_seqs.", min=1)
+        int | None,
+        typer.Option(help="Requests (of replicas: lines) in an engine at a time; else twice max_num_seqs.", min=1),
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Engines, each on a GPU (or CPU) of a Ray cluster; else one, without Ray.", min=1)
     ] = None,
 ) -> None:
     """Answer a file of requests. Stopped in any way, the same command goes on where it was.
@@ -250,19 +256,22 @@ def run_batch(
     status 143; what is answered is in the output.
     """
     from jaxengine.evaluate.batch import Stop
+    from jaxengine.evaluate.replicas import run_batch_replicas
 
     stop = Stop()
-    with open_llm(engine) as llm:
-        before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    with ExitStack() as stack:
+        if replicas is None:
+            run: Callable[..., Any] = stack.enter_context(open_llm(engine)).run_batch
+        else:
+            run = partial(run_batch_replicas, replicas=replicas, engine=llm_arguments(engine))
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: stop.set()))
         try:
-            summary = llm.run_batch(
+            summary = run(
                 input, output, defaults=sampling, column=column, id_column=id_column, url=url, stop=stop,
                 served_model_name=served_model_name, retry_errors=retry_errors, max_in_flight=max_in_flight,
             )  # fmt: skip
         except OSError as error:
             sys.exit(f"jaxengine: {error}")
-        finally:
-            signal.signal(signal.SIGTERM, before)
     counts = f"{summary.completed} answered, {summary.failed} failed, {summary.skipped} were done before"
     print(f"{output}: {counts}{'; stopped before the end' if summary.stopped else ''}", file=sys.stderr)
     if summary.stopped:

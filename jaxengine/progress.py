@@ -1,6 +1,6 @@
 """Progress bars: of requests, and of anything else that takes long."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,27 +11,30 @@ from jaxengine.request import RequestOutput
 def progress_bar(use_tqdm: bool | Callable[..., Any], total: int | None) -> Iterator[Callable[[RequestOutput], None]]:
     """A function that shows one more finished request, with input and output tokens/s so far."""
     with token_bar("Processed prompts", use_tqdm, total) as show:
-        yield lambda output: show(1, [output])
+        yield lambda output: show(1, *count_tokens([output]))
+
+
+def count_tokens(outputs: Iterable[RequestOutput]) -> tuple[int, int]:
+    """Of prompts, of completions."""
+    rows = [(len(o.prompt_token_ids), sum(len(completion.token_ids) for completion in o.outputs)) for o in outputs]
+    return sum(prompt for prompt, _ in rows), sum(output for _, output in rows)
 
 
 @contextmanager
-def token_bar(
-    what: str, use_tqdm: bool | Callable[..., Any], total: int | None
-) -> Iterator[Callable[[int, Sequence[RequestOutput]], None]]:
-    """A function that shows so many more finished, and whose outputs count into the tokens/s."""
+def token_bar(what: str, use_tqdm: bool | Callable[..., Any], total: int | None) -> Iterator[Callable[..., None]]:
+    """A function of (done, input tokens, output tokens, a note): so many more; it shows tokens/s, then the note."""
     if not use_tqdm:
-        yield lambda done, outputs: None
+        yield lambda *_: None
         return
     with _tqdm(use_tqdm)(total=total, desc=what, dynamic_ncols=True) as bar:
         tokens = [0, 0]
 
-        def show(done: int, outputs: Sequence[RequestOutput]) -> None:
-            for output in outputs:
-                tokens[0] += len(output.prompt_token_ids)
-                tokens[1] += sum(len(completion.token_ids) for completion in output.outputs)
+        def show(done: int, prompt_tokens: int, output_tokens: int, note: str = "") -> None:
+            tokens[0] += prompt_tokens
+            tokens[1] += output_tokens
             seconds = bar.format_dict["elapsed"] or 1e-9
             rates = [f"{count / seconds:.2f} toks/s" for count in tokens]
-            bar.set_postfix_str(f"input: {rates[0]}, output: {rates[1]}", refresh=False)
+            bar.set_postfix_str(f"input: {rates[0]}, output: {rates[1]}{note}", refresh=False)
             bar.update(done)
 
         yield show

@@ -3,22 +3,19 @@
 import os
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from jaxengine.errors import ConfigError, EngineError, JaxEngineError, RequestError, UnsupportedError
+from jaxengine.errors import ConfigError, RequestError, UnsupportedError
+from jaxengine.evaluate.answering import Answer, Answering, Line, Started, failure
 from jaxengine.evaluate.journal import Journal, KeySet, Record, id_key, line_key
-from jaxengine.evaluate.manifest import manifest
-from jaxengine.evaluate.protocol import SAMPLING, Job, Server, job, response_id
-from jaxengine.evaluate.tables import COMPLETIONS, count_lines, read_lines
+from jaxengine.evaluate.protocol import SAMPLING
+from jaxengine.evaluate.tables import Source, open_source
 from jaxengine.progress import token_bar
 from jaxengine.request import RequestOutput
 
-AHEAD = 2  # requests in the engine at a time, in units of max_num_seqs
-LINE_FIELDS = {"custom_id", "method", "url", "body"}
+REFUSED_AT_ONCE = 256  # records that are written together, of lines that run nothing
 
 
 @dataclass
@@ -29,17 +26,6 @@ class BatchSummary:
     failed: int = 0
     skipped: int = 0  # finished by a run before
     stopped: bool = False  # before the end of the input
-
-
-@dataclass(eq=False)
-class _Line:
-    """A line whose requests run."""
-
-    custom_id: str | None
-    number: int
-    job: Job
-    requests: Sequence[Any]
-    outputs: dict[int, RequestOutput] = field(default_factory=dict)
 
 
 def run_batch(
@@ -72,38 +58,30 @@ def run_batch(
     Raises ConfigError for bad options or a file of another run, OSError when the disk is full, EngineError when the
     engine cannot go on. What was written before stays, and the same call goes on from there.
     """
+    check_options(sink, defaults, retry_errors, max_in_flight)
+    if llm.source["model"] is None and not callable(sink):
+        raise UnsupportedError(
+            "parameters in memory have no name, so that a resumed run could not tell them from others: give a function "
+            "as sink, or write them as a checkpoint and make the LLM of its folder"
+        )
+    lines = open_source(source, column, id_column, url)
+    answering = Answering(llm, defaults or {}, list_names(served_model_name))
+    with closing(_Engine(answering, max_in_flight or answering.ahead)) as engine:
+        return answer_all(engine, answering.made_by, lines, sink, retry_errors, use_tqdm, stop or Stop())
+
+
+def check_options(sink: Any, defaults: Mapping[str, Any] | None, retry_errors: bool, max_in_flight: int | None) -> None:
+    """Raises ConfigError."""
     if unknown := set(defaults or {}) - set(SAMPLING):
         raise ConfigError(f"defaults has {sorted(unknown)}, which is not among {sorted(SAMPLING)}")
     if max_in_flight is not None and max_in_flight < 1:
         raise ConfigError(f"{max_in_flight=} must be 1 or more")
     if retry_errors and callable(sink):
         raise ConfigError("retry_errors needs a file as sink: a function remembers nothing")
-    if llm.source["model"] is None and not callable(sink):
-        raise UnsupportedError(
-            "parameters in memory have no name, so that a resumed run could not tell them from others: give a function "
-            "as sink, or write them as a checkpoint and make the LLM of its folder"
-        )
-    given = Path(llm.source["model"] or "parameters")
-    names = [served_model_name] if isinstance(served_model_name, str) else list(served_model_name or ())
-    server = Server(llm, names or [given.name, str(given)], dict(defaults or {}))
-    server.params({}, "")  # bad defaults are refused before anything is written
-    lines: Any = source
-    total, table = None, None
-    if isinstance(source, str | os.PathLike):
-        lines, total = read_lines(source, column, id_column, url), count_lines(source)
-        table = column and {"column": column, "id_column": id_column, "url": url or COMPLETIONS}
-    elif column or id_column or url:
-        raise ConfigError("column, id_column and url are for tables; the lines of an iterable say these themselves")
-    made_by = manifest(server, names) | {"table": table}
-    with ExitStack() as stack:
-        journal = None
-        if not callable(sink):
-            journal = stack.enter_context(Journal(sink, made_by, retry_errors))
-        if total is not None and journal is not None:
-            total = max(0, total - len(journal))
-        show = stack.enter_context(token_bar("Batch", use_tqdm, total))
-        limit = max_in_flight or AHEAD * llm.config.max_num_seqs
-        return _Run(server, iter(lines), sink if callable(sink) else None, journal, limit, show, stop or Stop()).run()
+
+
+def list_names(served_model_name: str | Sequence[str] | None) -> list[str]:
+    return [served_model_name] if isinstance(served_model_name, str) else list(served_model_name or ())
 
 
 class Stop:
@@ -122,142 +100,172 @@ class Stop:
         self._wake = wake
 
 
-class _Run:
-    def __init__(
-        self,
-        server: Server,
-        lines: Iterator[Any],
-        sink: Callable[[Record], None] | None,
-        journal: Journal | None,
-        limit: int,
-        show: Callable[[int, Sequence[RequestOutput]], None],
-        stop: Stop,
-    ):
-        self.server, self.sink, self.journal = server, sink, journal
-        self.lines: Iterator[tuple[int, Any]] = enumerate(lines, 1)
-        self.limit, self.show, self.stop = limit, show, stop
-        self.summary = BatchSummary()
-        self._inbox: queue.SimpleQueue = queue.SimpleQueue()  # (line, place, output), or None: look again
-        self._active: dict[str, _Line] = {}  # by the id of each unfinished request
-        self._seen = KeySet()
+class Answerer(Protocol):
+    """Who answers lines: the engine of this process, or several elsewhere."""
 
-    def run(self) -> BatchSummary:
-        self.stop.bind(lambda: self._inbox.put(None))
-        exhausted = False
-        try:
-            while not self.stop.is_set and not (exhausted and not self._active):
-                if not exhausted:
-                    refused, exhausted = self._fill()
-                    self._write([(record, ()) for record in refused])
-                if self._active:
-                    self._write([self._record(line) for line in self._finished()])
-            self.summary.stopped = bool(self._active) or not exhausted
-            return self.summary
-        finally:
-            self.server.llm.abort(list(self._active))
+    @property
+    def has_room(self) -> bool: ...
+    @property
+    def busy(self) -> bool:
+        """Whether there are lines without an answer."""
+        ...
 
-    def _fill(self) -> tuple[list[Record], bool]:
-        """Starts lines while there is room; the records of those that cannot be served, and whether none are left."""
-        refused: list[Record] = []
-        while len(self._active) < self.limit and len(refused) < self.limit and not self.stop.is_set:
-            number, line = next(self.lines, (0, {}))
-            if number == 0:
-                return refused, True
-            if line == {}:  # an empty line of a file
-                continue
-            key, custom_id, error = self._identify(number, line)
-            if self.journal is not None and key in self.journal:
-                self.summary.skipped += 1
-                continue
-            try:
-                if error is not None:
-                    raise error
-                self._start(key, custom_id, number, line)
-            except Exception as error:  # whatever is wrong with a line, the others go on
-                self.server.llm.raise_if_ended()
-                refused.append(_failure(custom_id, number, error))
-        return refused, False
+    @property
+    def note(self) -> str:
+        """For the progress bar."""
+        ...
 
-    def _identify(self, number: int, line: Any) -> tuple[str, str | None, RequestError | None]:
-        """What a line is known by, its custom_id, and why it has none."""
-        key = line_key(number)
-        if isinstance(line, RequestError):
-            return key, None, line
-        if not isinstance(line, Mapping):
-            return key, None, RequestError(f"{line!r:.200} is not an object")
-        custom_id = line.get("custom_id")
-        if not isinstance(custom_id, str) or not custom_id:
-            return key, None, RequestError(f"custom_id={custom_id!r:.200} must be a text that names the line")
-        if custom_id in self._seen:
-            return key, None, RequestError(f"custom_id={custom_id!r:.200} stands on a line before; it names one line")
-        self._seen.add(custom_id)
-        return id_key(custom_id), custom_id, None
+    def start(self, line: Line) -> Answer | None:
+        """Takes a line, when there is room. The answer of one that cannot be served."""
 
-    def _start(self, key: str, custom_id: str | None, number: int, line: Mapping[str, Any]) -> None:
-        if unknown := set(line) - LINE_FIELDS:
-            raise RequestError(f"a line has no field {sorted(unknown)}; it has {sorted(LINE_FIELDS)}")
-        if line.get("method", "POST") != "POST":
-            raise RequestError(f"method={line['method']!r} must be 'POST'")
-        llm, asked = self.server.llm, job(self.server, line.get("url", ""), line.get("body"), key)
-        started = _Line(custom_id, number, asked, llm.requests(asked.prompts, asked.params))
-        for place, request in enumerate(started.requests):
-            self._active[request.request_id] = started
-            llm.start(request, partial(self._tell, started, place), every_step=False)
+    def finished(self) -> Sequence[Answer]:
+        """Waits for something to happen, or for `wake`; what was answered then."""
+        ...
 
-    def _tell(self, line: _Line, place: int, output: RequestOutput) -> None:
+    def wake(self) -> None:
+        """From any thread or signal handler."""
+
+
+def answer_all(
+    engine: Answerer,
+    made_by: Mapping[str, Any],
+    source: Source,
+    sink: str | os.PathLike | Callable[[Record], None],
+    retry_errors: bool,
+    use_tqdm: bool | Callable[..., Any],
+    stop: Stop,
+) -> BatchSummary:
+    """`run_batch`, whoever answers."""
+    with ExitStack() as stack:
+        journal, total = None, source.total
+        if not callable(sink):
+            journal = stack.enter_context(Journal(sink, {**made_by, "table": source.table}, retry_errors))
+        if total is not None and journal is not None:
+            total = max(0, total - len(journal))
+        show = stack.enter_context(token_bar("Batch", use_tqdm, total))
+        return _Run(engine, source.lines, sink if callable(sink) else None, journal, show, stop).run()
+
+
+class _Engine:
+    """The one of this process; it has room for so many requests."""
+
+    note = ""
+
+    def __init__(self, answering: Answering, limit: int):
+        self._answering, self._limit = answering, limit
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()  # (line, an output, whether the last), or None: look again
+        self._active: set[str] = set()  # ids of unfinished requests
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._active) < self._limit
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._active)
+
+    def wake(self) -> None:
+        self._inbox.put(None)
+
+    def start(self, line: Line) -> Answer | None:
+        started = self._answering.start(line, self._tell)
+        if isinstance(started, Answer):
+            return started
+        self._active.update(request.request_id for request in started.requests)
+        return None
+
+    def _tell(self, started: Started, output: RequestOutput) -> None:
         """In the engine's thread."""
-        self._inbox.put((line, place, output))
+        self._inbox.put((started, output, started.ended))
 
-    def _finished(self) -> Iterator[_Line]:
-        """Waits for something to finish; lines that are complete then."""
+    def finished(self) -> list[Answer]:
+        answers = []
         item = self._inbox.get()
         while True:
             if item is not None:
-                line, place, output = item
-                if isinstance(output.error, EngineError):
-                    self.server.llm.raise_if_ended()
-                line.outputs[place] = output
-                del self._active[output.request_id]
-                if len(line.outputs) == len(line.requests):
-                    yield line
+                started, output, ended = item
+                self._active.discard(output.request_id)
+                if ended:
+                    answers.append(self._answering.answer(started))
             try:
                 item = self._inbox.get_nowait()
             except queue.Empty:
-                return
+                return answers
 
-    def _record(self, line: _Line) -> tuple[Record, Sequence[RequestOutput]]:
-        outputs = [line.outputs[place] for place in range(len(line.requests))]
-        try:
-            if any(completion.finish_reason == "abort" for output in outputs for completion in output.outputs):
-                raise EngineError("a request of this line was ended by LLM.abort")
-            body = line.job.respond(outputs)
-        except Exception as error:
-            return _failure(line.custom_id, line.number, error), outputs
-        response = {"status_code": 200, "request_id": body["id"], "body": body}
-        return {"id": body["id"], "custom_id": line.custom_id, "response": response, "error": None}, outputs
+    def close(self) -> None:
+        """Ends what runs."""
+        self._answering.llm.abort(list(self._active))
 
-    def _write(self, items: Sequence[tuple[Record, Sequence[RequestOutput]]]) -> None:
+
+class _Run:
+    def __init__(
+        self,
+        engine: Answerer,
+        lines: Iterator[Any],
+        sink: Callable[[Record], None] | None,
+        journal: Journal | None,
+        show: Callable[..., None],
+        stop: Stop,
+    ):
+        self.engine, self.sink, self.journal = engine, sink, journal
+        self.lines: Iterator[tuple[int, Any]] = enumerate(lines, 1)
+        self.show, self.stop = show, stop
+        self.summary = BatchSummary()
+        self._seen = KeySet()
+
+    def run(self) -> BatchSummary:
+        self.stop.bind(self.engine.wake)
+        exhausted = False
+        while not self.stop.is_set and not (exhausted and not self.engine.busy):
+            if not exhausted:
+                refused, exhausted = self._fill()
+                self._write(refused)
+            if self.engine.busy or not self.engine.has_room:
+                self._write(self.engine.finished())
+        self.summary.stopped = self.engine.busy or not exhausted
+        return self.summary
+
+    def _fill(self) -> tuple[list[Answer], bool]:
+        """Starts lines while there is room; the answers of those that run nothing, and whether no line is left."""
+        refused: list[Answer] = []
+        while self.engine.has_room and len(refused) < REFUSED_AT_ONCE and not self.stop.is_set:
+            number, content = next(self.lines, (0, {}))
+            if number == 0:
+                return refused, True
+            if content == {}:  # an empty line of a file
+                continue
+            named = self._identify(content)
+            key = id_key(named) if isinstance(named, str) else line_key(number)
+            if self.journal is not None and key in self.journal:
+                self.summary.skipped += 1
+            elif isinstance(named, RequestError):
+                refused.append(Answer(failure(None, number, named)))
+            elif answer := self.engine.start(Line(number, named, content)):
+                refused.append(answer)
+        return refused, False
+
+    def _identify(self, content: Any) -> str | RequestError:
+        """A line's custom_id, or why it has none."""
+        if isinstance(content, RequestError):
+            return content
+        if not isinstance(content, Mapping):
+            return RequestError(f"{content!r:.200} is not an object")
+        custom_id = content.get("custom_id")
+        if not isinstance(custom_id, str) or not custom_id:
+            return RequestError(f"custom_id={custom_id!r:.200} must be a text that names the line")
+        if custom_id in self._seen:
+            return RequestError(f"custom_id={custom_id!r:.200} stands on a line before; it names one line")
+        self._seen.add(custom_id)
+        return custom_id
+
+    def _write(self, answers: Sequence[Answer]) -> None:
         """Records count once they are on the disk."""
-        if self.journal is not None and items:
-            self.journal.append([record for record, _ in items])
-        for record, outputs in items:
+        if self.journal is not None and answers:
+            self.journal.append([answer.record for answer in answers])
+        for answer in answers:
             if self.sink is not None:
-                self.sink(record)
-            failed = record["error"] is not None
+                self.sink(answer.record)
+            failed = answer.record["error"] is not None
             self.summary.failed += failed
             self.summary.completed += not failed
-            self.show(1, outputs)
-
-
-CODES = {RequestError: "invalid_request", UnsupportedError: "unsupported", EngineError: "engine_error"}
-
-
-def _failure(custom_id: str | None, number: int, error: Exception) -> Record:
-    """The record of a line that failed; `line`, its number from 1 on, names it where custom_id cannot."""
-    code = next((code for kind, code in CODES.items() if isinstance(error, kind)), "internal_error")
-    text = str(error) if isinstance(error, JaxEngineError) else f"{type(error).__name__}: {error}"
-    key = line_key(number) if custom_id is None else id_key(custom_id)
-    return {
-        "id": response_id(key), "custom_id": custom_id, "line": number, "response": None,
-        "error": {"code": code, "message": text},
-    }  # fmt: skip
+            self.show(1, answer.prompt_tokens, answer.output_tokens, self.engine.note)

@@ -116,7 +116,7 @@ class Journal:
                     f"{self.path} holds something, and {self._manifest.name} beside it does not say what made it; "
                     "write to another file"
                 ) from None
-            if changed := list(_differences(before, manifest)):
+            if changed := list(differences(before, manifest)):
                 raise ConfigError(
                     f"{self.path} was begun with other settings ({'; '.join(changed)}); take those, or another file"
                 )
@@ -183,10 +183,11 @@ def _key_of(line: bytes, path: Path, number: int) -> tuple[str, bool]:
         raise ConfigError(f"{path}: line {number} is not a record of a batch run: {line[:80]!r}") from None
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
+def differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
+    """In words, one a field."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
         yield f"{name} was {before!r}, now {now!r}"
 

@@ -3,7 +3,8 @@
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,28 @@ from jaxengine.errors import ConfigError, RequestError
 Line = Mapping[str, Any] | RequestError  # a line that is no object says so when its turn comes
 TABLES = (".csv", ".parquet")
 COMPLETIONS = "/v1/completions"  # what a table's prompts are for, unless the caller says otherwise
+
+
+@dataclass(frozen=True)
+class Source:
+    """Lines, how many (None: not known yet), and the columns of the table that they are from."""
+
+    lines: Iterator[Any]
+    total: int | None = None
+    table: Mapping[str, Any] | None = None
+
+
+def open_source(
+    source: str | os.PathLike | Iterable[Any], column: str | None, id_column: str | None, url: str | None
+) -> Source:
+    """Raises ConfigError as `read_lines` does, and for columns of an iterable."""
+    if isinstance(source, str | os.PathLike):
+        lines = read_lines(source, column, id_column, url)
+        table = {"column": column, "id_column": id_column, "url": url or COMPLETIONS} if column else None
+        return Source(lines, count_lines(source), table)
+    if column or id_column or url:
+        raise ConfigError("column, id_column and url are for tables; the lines of an iterable say these themselves")
+    return Source(iter(source))
 
 
 def read_lines(path: str | os.PathLike, column: str | None, id_column: str | None, url: str | None) -> Iterator[Line]:
