@@ -16,6 +16,7 @@ import pallas_kernels as kernels
 from jaxengine.benchmark.device import matmul_rate, normal, read_rate, seconds
 from jaxengine.errors import UnsupportedError
 from pallas_kernels import paged_extend_mosaic as mosaic
+from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
 
 Result = dict[str, Any]
 
@@ -85,7 +86,11 @@ def summarize(device_kind: str, read: float, matmul: float, results: list[Result
     shared = [r | {"share": r["bytes_per_s"] / read if "bytes" in r else r["flops_per_s"] / matmul} for r in results]
     time = {result["op"]: result["us"] for result in results}
     pairs = [(SKEWED, BALANCED)]
-    pairs += [(f"{name} {tokens}", f"cudnn {tokens}") for name in ("extend", "extend by Mosaic") for tokens in EXTEND]
+    pairs += [
+        (f"{name} {tokens}", f"cudnn {tokens}")
+        for name in ("extend by Triton", "extend by Mosaic")
+        for tokens in EXTEND
+    ]
     ratios = {f"{ours} / {other}": time[ours] / time[other] for ours, other in pairs if ours in time}
     return {"device": device_kind, "jax": jax.__version__, "read_bytes_per_s": read, "matmul_flops": matmul,
             "known_limits": known, "void": void, "ratios": ratios, "results": shared}  # fmt: skip
@@ -155,7 +160,7 @@ def time_decode(name: str, row_lengths: Sequence[int], heads: Heads) -> list[Res
 
 
 def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
-    """One row of new tokens only: the kernel chosen, Mosaic's on Hopper, cuDNN's attention on dense keys and values."""
+    """One row of new tokens only: Triton's kernel, Mosaic's on Hopper, cuDNN's attention on dense keys and values."""
     k_pages, v_pages, tables = paged_inputs([tokens], heads)
     tables = tables[:4]
     starts = jnp.arange(0, tokens, BLOCK_Q, dtype=jnp.int32)[::-1]
@@ -181,7 +186,7 @@ def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
 
     extend = partial(paged, q, k_pages, v_pages, index=index)
     calls: dict[str, Callable] = {
-        "extend": extend,
+        "extend by Triton": partial(extend, tuning=ExtendTuning.from_shapes(q, k_pages, BLOCK_Q)),
         "cudnn": lambda tables: cudnn(q[None], dense[: len(tables)])[0],
     }
     if any(card in jax.devices()[0].device_kind for card in HOPPER):

@@ -64,7 +64,7 @@ def test_a_wrong_kernel_shows_as_an_error(twins, monkeypatch):
 
 
 def summary(card, read=4.44e12, matmul=790e12):
-    measured = [("bytes", BALANCED, 100.0), ("bytes", SKEWED, 130.0), ("flops", "extend 2048", 60.0),
+    measured = [("bytes", BALANCED, 100.0), ("bytes", SKEWED, 130.0), ("flops", "extend by Triton 2048", 60.0),
                 ("flops", "cudnn 2048", 50.0)]  # fmt: skip
     results = [
         {"op": op, "us": us, "spread": 0.01, kind: 4e8, f"{kind}_per_s": 4e8 / us * 1e6, "error": 1e-3}
@@ -75,7 +75,7 @@ def summary(card, read=4.44e12, matmul=790e12):
 
 def test_ratios_and_shares():
     result = summary("NVIDIA H200")
-    assert result["ratios"] == {f"{SKEWED} / {BALANCED}": 1.3, "extend 2048 / cudnn 2048": 1.2}
+    assert result["ratios"] == {f"{SKEWED} / {BALANCED}": 1.3, "extend by Triton 2048 / cudnn 2048": 1.2}
     assert result["results"][0]["share"] == pytest.approx(4e12 / 4.44e12)
     shown = kernels.table(result)
     assert all(text in shown for text in (SKEWED, "1.30", "TFLOP/s", "NVIDIA H200"))
