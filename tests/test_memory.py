@@ -23,7 +23,7 @@ def device(platform="cpu", **stats):
 
 def plan(groups, where=None, *, sizes=SIZES, reserved=0, **config):
     model = shared_llm().model_config
-    return plan_pages(EngineConfig(**config), model, groups, sizes, "float32", reserved, where or device())
+    return plan_pages(EngineConfig(**config), model, groups, sizes, "float32", reserved, [where or device()])
 
 
 def test_enough_for_every_row_and_no_more_on_a_cpu():

@@ -31,7 +31,7 @@ from jaxengine.sampling import (
     prompt_vocab_logprobs,
     sample,
 )
-from jaxengine.sharding import named_sharding
+from jaxengine.sharding import named_sharding, on_each_device
 from jaxengine.step import (
     MODES,
     SLOT_FLOATS,
@@ -113,7 +113,7 @@ class Runner:
         self.layer_group = tuple(
             next(g for g, group in enumerate(groups) if i in group.layers) for i in range(model.num_layers)
         )
-        self.weights = DeviceWeights(model, params, max_model_len, borrowed)
+        self.weights = DeviceWeights(model, params, max_model_len, mesh, borrowed)
         self.vocab_size = model.vocab_size
         self._programs: dict[tuple, Any] = {}
         self._compiling: dict[tuple, Future] = {}
@@ -283,11 +283,15 @@ class Runner:
             "write_mask": (_write_mask, (0,), rest),
         }
         function, donated, out = programs[name]
-        options = None
-        if name == "decode" and key[0].rows >= CUBLAS_ROWS and self.mesh.devices.flat[0].platform == "gpu":
-            options = {"xla_gpu_enable_triton_gemm": False}
-        jitted = jax.jit(partial(function, *key), donate_argnums=donated, out_shardings=out, compiler_options=options)
-        return jitted.lower(*self._arguments(name, key))
+        function, arguments = partial(function, *key), self._arguments(name, key)
+        if self.weights.axis is not None:
+            split = {id(self.weights.leaves): self.weights.specs, id(self._cache): cache.spec}
+            specs = tuple(split.get(id(argument), rest.spec) for argument in arguments)
+            function, arguments = on_each_device(function, arguments, specs, out, self.mesh)
+        on_gpu = self.mesh.devices.flat[0].platform == "gpu"
+        cublas = name == "decode" and key[0].rows >= CUBLAS_ROWS and on_gpu
+        options = {"xla_gpu_enable_triton_gemm": False} if cublas else None
+        return jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options).lower(*arguments)
 
     def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, packed):
         """`bucket.steps` new tokens for each row [rows, steps], head and sampler included."""
@@ -306,7 +310,7 @@ class Runner:
             model = self.weights.module(leaves)
             x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
             fields = _sampling_fields(ints, floats, lengths)
-            drawn = sample(model.head(x), fields, mode, 0, self.logprobs_mode).tokens
+            drawn = sample(model.head(x, share=True), fields, mode, axis=self.weights.axis).tokens
             return (cache, drawn), drawn
 
         start = cache, jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
@@ -339,10 +343,11 @@ class Runner:
         """Logits and sampling for the first rows of `rows`."""
         step = unpack("head", bucket, packed)
         slots = step["slots"]
-        logits = self.weights.module(leaves).head(rows[: bucket.rows])
+        split = mode != "everything"  # what edits and what ranks logits wants them whole
+        logits = self.weights.module(leaves).head(rows[: bucket.rows], share=split)
         fields = _sampling_fields(ints[slots], floats[slots], step["positions"], slots, rules)
         top = self.config.max_logprobs if mode == "everything" else 0
-        drawn = sample(logits, fields, mode, top, self.logprobs_mode, whole_vocab)
+        drawn = sample(logits, fields, mode, top, self.logprobs_mode, whole_vocab, self.weights.axis if split else None)
         last_token = last_token.at[slots].set(drawn.tokens)
         if mode != "everything":
             return last_token, (), {"tokens": drawn.tokens}
