@@ -266,9 +266,9 @@ class Runner:
         """Starts to compile what is not there yet: lowered one after another, as tracing is Python; then in threads."""
         for name, key in keys:
             if (name, *key) not in self._programs and (name, *key) not in self._compiling:
-                self._compiling[name, *key] = self._compiler.submit(self._trace(name, key).lower().compile)
+                self._compiling[name, *key] = self._compiler.submit(self._lower(name, key).compile)
 
-    def _trace(self, name: str, key: tuple) -> Any:
+    def _lower(self, name: str, key: tuple) -> Any:
         cache, rest = named_sharding(self.mesh, AXES), named_sharding(self.mesh)
         # Output shardings are pinned: one that drifts would compile the next step again.
         programs: dict[str, tuple[Callable, tuple[int, ...], Any]] = {
@@ -291,7 +291,7 @@ class Runner:
         on_gpu = self.mesh.devices.flat[0].platform == "gpu"
         cublas = name == "decode" and key[0].rows >= CUBLAS_ROWS and on_gpu
         options = {"xla_gpu_enable_triton_gemm": False} if cublas else None
-        return jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options).trace(*arguments)
+        return jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options).lower(*arguments)
 
     def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, packed):
         """`bucket.steps` new tokens for each row [rows, steps], head and sampler included."""

@@ -1,13 +1,12 @@
 """Tensor parallelism on eight simulated devices; `test_sharding.py` starts it."""
 
 import re
-from functools import cache
-from importlib import import_module
+from functools import cache, partial
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
 from jaxengine.kv_cache import AXES
@@ -183,18 +182,26 @@ def test_what_is_refused(family, options, error, message):
 
 
 @pytest.mark.parametrize("devices", [2, pytest.param(8, marks=full)])
-def test_the_kernels_lower_for_cuda_within_each_device(devices, monkeypatch):
-    monkeypatch.setattr(import_module("pallas_kernels.paged_extend"), "MOSAIC_CARDS", ("cpu",))
+def test_the_kernels_lower_for_cuda_within_each_device(devices):
     shape = CONFIGS["qwen3"] | {"head_dim": 64, "max_position_embeddings": 4096}
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "dtype": "bfloat16", "kv_cache_memory_bytes": 2**24}
-    made = {
-        path: np.zeros(spec.shape, np.float32) for path, spec in param_specs(read_config(shape, "bfloat16", ())).items()
-    }
+    specs = param_specs(read_config(shape, "bfloat16", ()))
+    made = {path: np.zeros(spec.shape, np.float32) for path, spec in specs.items()}
+    card = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((devices,), ("tensor",), (AxisType.Auto,), abstract_device=card)
     with LLM(made, config=shape, tensor_parallel_size=devices, fuse_weights=True, **sizes) as llm:
-        runner = llm._runner
+        runner, pool = llm._runner, PartitionSpec(None, "tensor")
         runner.attention = "triton"
-        keys = {name: key for name, *key in ((name, *key) for name, key in runner._all_keys())}
-        for name, calls in {"decode": ("paged_decode", "rope_write"), "mixed": ("mosaic", "rope_write")}.items():
-            text = runner._trace(name, tuple(keys[name])).lower(lowering_platforms=("cuda",)).as_text()
-            assert all(call in text for call in calls)
-            assert text.count("stablehlo.all_reduce") >= 3
+        for name, kernel in {"decode": "paged_decode", "mixed": "paged_extend_mosaic"}.items():
+            key = next(key for other, key in runner._all_keys()[::-1] if other == name)
+            split = {id(runner.weights.leaves): runner.weights.specs, id(runner._cache): pool}
+            arguments = runner._arguments(name, key)
+            program = jax.shard_map(
+                partial(getattr(runner, f"_{name}"), *key), mesh=mesh, out_specs=(pool, *[PartitionSpec()] * 3),
+                in_specs=tuple(split.get(id(argument), PartitionSpec()) for argument in arguments), check_vma=False,
+            )  # fmt: skip
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+            with jax.sharding.use_abstract_mesh(mesh):
+                text = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+            assert "rope_write" in text and kernel in text
+            assert "stablehlo.all_reduce" in text
