@@ -25,7 +25,7 @@ SIZES = {
 }  # fmt: skip
 CONFIGS = {
     "llama": SIZES | {"model_type": "llama", "num_key_value_heads": 1},
-    "mistral": SIZES | {"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 20},
+    "mistral": SIZES | {"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 40},
     "qwen2": SIZES | {"model_type": "qwen2", "num_key_value_heads": 4},
     "qwen3": SIZES | {"model_type": "qwen3", "num_key_value_heads": 2, "tie_word_embeddings": True},
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_head": HEADS, "n_layer": 2, "n_positions": 128,
@@ -56,7 +56,7 @@ def answers(llm):
     rng, rows = np.random.default_rng(0), []
     prefix = rng.integers(3, VOCAB, 24).tolist()
     prompts = [prefix + rng.integers(3, VOCAB, length).tolist() for length in (6, 17, 9, 38)]
-    restrict(llm, pages=20)
+    restrict(llm, pages=20 if llm.model_config.windows[0] is None else 16)  # a window frees what is behind it
     schedule = llm._loop._engine.scheduler.schedule
     llm._loop._engine.scheduler.schedule = lambda: rows.append(schedule()) or rows[-1]
     common = {"max_tokens": 16, "ignore_eos": True, "detokenize": False}
@@ -69,7 +69,7 @@ def answers(llm):
     ):
         found.append(llm.generate(prompts, params, use_tqdm=False))
     metrics = llm.get_metrics()
-    assert metrics["num_preemptions"] and metrics["prefix_cache_hits"]
+    assert min(metrics["num_preemptions"], metrics["prefix_cache_hits"]) > 0, metrics
     assert any((~step.samples[step.count > 1]).any() for step in rows), "prompts came in chunks"
     check_integrity(llm)
     tokens = [[output.outputs[0].token_ids for output in outputs] for outputs in found]
