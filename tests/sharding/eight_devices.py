@@ -4,6 +4,7 @@ import re
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -11,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
 from jaxengine.kv_cache import AXES
 from jaxengine.models import param_specs
-from jaxengine.sharding import create_mesh, named_sharding
+from jaxengine.sharding import create_mesh, gather, named_sharding, on_each_device
 from jaxengine.weights.checkpoint import read_config
 from tests.references import tiny
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, restrict
@@ -123,6 +124,7 @@ def test_the_same_answers_as_one_device(family, devices, fuse):
         check_answers(family, llm)
         check_places(llm, devices)
         check_collectives(llm)
+        check_padding(llm, devices)
 
 
 def check_collectives(llm):
@@ -140,6 +142,19 @@ def check_collectives(llm):
     wanted |= {("decode", mode): {"all-reduce": model + count} for mode, count in drawn.items()}
     wanted |= {("head", mode): {"all-reduce": count} for mode, count in drawn.items()}
     assert found == wanted
+
+
+def check_padding(llm, devices):
+    """No token that is not in the vocabulary can be drawn, however small the others' logits are."""
+    weights, mesh = llm._runner.weights, create_mesh(devices)
+    arguments = weights.leaves, jnp.ones((2, llm.model_config.hidden_size))
+    split, _ = on_each_device(
+        lambda leaves, x: gather(weights.module(leaves).head(x, share=True), "tensor"),
+        arguments, (weights.specs, PartitionSpec()), named_sharding(mesh), mesh,
+    )  # fmt: skip
+    logits = np.asarray(jax.jit(split)(*arguments))
+    assert logits.shape[1] == VOCAB + -VOCAB % devices
+    assert np.isfinite(logits[:, :VOCAB]).all() and (logits[:, VOCAB:] == -np.inf).all()
 
 
 def test_a_mesh_of_ones_own():
