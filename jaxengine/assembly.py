@@ -19,8 +19,9 @@ from jaxengine.frontend import Frontend
 from jaxengine.kv_cache import cache_groups
 from jaxengine.live_weights import LiveWeights
 from jaxengine.memory import Sizes, compiling_bytes, plan_pages, temporary_bytes
+from jaxengine.models import one_share
 from jaxengine.progress import counting_bar
-from jaxengine.sharding import create_mesh
+from jaxengine.sharding import create_mesh, one_axis
 from jaxengine.text import TextSink
 from jaxengine.tokenizer import Tokenizer
 from jaxengine.weights import Checkpoint, checkpoint_in_memory, open_checkpoint
@@ -80,7 +81,8 @@ def assemble(
         checkpoint = open_checkpoint(model, config=model_config, mapping=param_mapping, **source)
     else:
         checkpoint = checkpoint_in_memory(model, model_config, param_mapping)
-    mesh = config.mesh or create_mesh()
+    mesh = create_mesh(config.tensor_parallel_size) if config.mesh is None else one_axis(config.mesh)
+    share = one_share(checkpoint.config, mesh.size)
     device = mesh.devices.flat[0]
     if device.platform not in PLATFORMS:
         raise ConfigError(f"{device.platform=} is not one of {sorted(PLATFORMS)}")
@@ -90,13 +92,13 @@ def assemble(
     sizes = Sizes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.page_size)
     words = _load_tokenizer(tokenizer, checkpoint, source.get("download_dir"))
     params, borrowed = _load_weights(checkpoint, config, mesh)
-    short = device.platform == "gpu" and sum(p.nbytes for p in params.values()) < SHORT_STEP_BYTES
+    short = device.platform == "gpu" and sum(p.nbytes for p in params.values()) / mesh.size < SHORT_STEP_BYTES
     steps = config.steps_per_call or (SHORT_STEPS if short else 1)
     config = replace(config, steps_per_call=steps)
-    groups = cache_groups(checkpoint.config.windows, checkpoint.config.num_kv_heads, checkpoint.config.head_dim)
-    temporary = temporary_bytes(checkpoint.config, sizes, config.max_logprobs, config.dtype, config.attention)
-    reserved = temporary + COMPILERS * compiling_bytes(checkpoint.config, sizes, config.dtype)
-    num_pages = plan_pages(config, checkpoint.config, groups, sizes, config.kv_cache_dtype, reserved, device)
+    groups = cache_groups(share.windows, share.num_kv_heads, share.head_dim)
+    temporary = temporary_bytes(share, sizes, config.max_logprobs, config.dtype, config.attention)
+    reserved = temporary + COMPILERS * compiling_bytes(share, sizes, config.dtype)
+    num_pages = plan_pages(config, share, groups, sizes, config.kv_cache_dtype, reserved, list(mesh.devices.flat))
     buckets = Buckets(
         rows=bucket_sizes(min(defaults.smallest_rows, sizes.max_num_seqs), sizes.max_num_seqs, ROW_STEP),
         tokens=bucket_sizes(

@@ -125,7 +125,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"  # auto: as dtype
     page_size: int = 16
     gpu_memory_utilization: float = 0.9  # share of the device's memory that weights, cache and temporaries may take
-    kv_cache_memory_bytes: int | None = None  # overrides the plan
+    kv_cache_memory_bytes: int | None = None  # of each device; overrides the plan
     enable_prefix_caching: bool = True
     max_num_seqs: int | None = None  # rows in one step
     max_num_batched_tokens: int | None = None  # tokens in one step
@@ -143,9 +143,9 @@ class EngineConfig:
     compilation_cache: bool | str | Path = True  # False: none; a path: there; True: jax's setting or a default folder
     enforce_eager: bool = False  # compile each program when it is first needed; contradicts warmup=True
     warmup: bool = False  # compile every program before the first request
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # devices over which each layer is split, the first ones there are
     data_parallel_size: int = 1
-    mesh: Mesh | None = None
+    mesh: Mesh | None = None  # the same with devices of one's own choice: those of its axis `tensor`
 
     def __post_init__(self):
         def check(name: str, ok: bool, want: str):
@@ -174,11 +174,15 @@ class EngineConfig:
             raise UnsupportedError(
                 f"quantization={self.quantization!r}: only unquantized weights are served; leave it None"
             )
-        mesh_size = 1 if self.mesh is None else self.mesh.size
-        for name, size in (("tensor_parallel_size", self.tensor_parallel_size),
-                           ("data_parallel_size", self.data_parallel_size), ("mesh", mesh_size)):  # fmt: skip
-            if size != 1:
-                raise UnsupportedError(f"{name} of {size} devices: one device per engine for now; leave it out")
+        size = self.tensor_parallel_size
+        check("tensor_parallel_size", _is_int(size) and size > 0, "a positive integer")
+        if self.mesh is not None:
+            check("tensor_parallel_size", size in (1, self.mesh.size), f"left out, or the {self.mesh.size} of the mesh")
+        if self.data_parallel_size != 1:
+            raise UnsupportedError(
+                f"data_parallel_size of {self.data_parallel_size}: an engine has no replicas; make one for each "
+                "group of devices, with mesh="
+            )
 
 
 def _is_int(value: Any) -> bool:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxengine.sharding import named_sharding
+from jaxengine.sharding import TENSOR, named_sharding
 
 AXES = ("page", "kv_heads", None, None)
 
@@ -23,11 +23,11 @@ class CacheGroup:
 
     layers: tuple[int, ...]
     window: int | None  # a token sees the last `window` positions, itself included; None = all
-    kv_heads: int
+    kv_heads: int  # on each device
     head_dim: int
 
     def page_bytes(self, page_size: int, dtype) -> int:
-        """Bytes of one page in all layers of the group, K and V together."""
+        """Bytes that one page takes of a device, in all layers of the group, K and V together."""
         return 2 * len(self.layers) * self.kv_heads * page_size * self.head_dim * jnp.dtype(dtype).itemsize
 
 
@@ -40,7 +40,8 @@ def cache_groups(windows: Sequence[int | None], kv_heads: int, head_dim: int) ->
 
 
 class KVCache(NamedTuple):
-    """K and V of every layer, one array each: `[pages, kv_heads, page_size, head_dim]`. Donated to every step."""
+    """K and V of every layer, one array each: `[pages, kv_heads, page_size, head_dim]`, KV heads split over the
+    devices. Donated to every step."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
@@ -58,10 +59,10 @@ class LayerCache(NamedTuple):
 
 def create_cache(groups: Sequence[CacheGroup], pages: Sequence[int], page_size: int, dtype, mesh: Mesh) -> KVCache:
     """Zeroed pools with `pages[g]` pages, the null page included, for each group g."""
-    sharding = named_sharding(mesh, AXES)
+    sharding, devices = named_sharding(mesh, AXES), mesh.shape.get(TENSOR, 1)
 
     def zeros(group: CacheGroup, count: int) -> jax.Array:
-        shape = (count, group.kv_heads, page_size, group.head_dim)
+        shape = (count, group.kv_heads * devices, page_size, group.head_dim)
         return jnp.zeros(shape, dtype, device=sharding)
 
     by_layer = {layer: (group, count) for group, count in zip(groups, pages, strict=True) for layer in group.layers}

@@ -68,11 +68,11 @@ def plan_pages(
     sizes: Sizes,
     cache_dtype: str,
     reserved: int,
-    device: jax.Device,
+    devices: Sequence[jax.Device],
 ) -> tuple[int, ...]:
-    """Pages for each cache group, the null page included. Call it once the weights are on the device.
+    """Pages for each cache group, the null page included. Call it once the weights are on the devices.
 
-    `reserved`: bytes that pages must leave to programs, on a GPU.
+    Every device has its share of each page. `reserved`: bytes of each that pages must leave to programs, on a GPU.
     Raises MemoryPlanError when not even a page of each group fits.
     """
     page_bytes = [group.page_bytes(sizes.page_size, cache_dtype) for group in groups]
@@ -83,7 +83,7 @@ def plan_pages(
     if config.kv_cache_memory_bytes is not None:
         budget, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     else:
-        budget, source = _free_bytes(config, device, reserved + slots)
+        budget, source = _free_bytes(config, devices, reserved + slots)
     needed = sum(2 * size for size in page_bytes)
     if budget < needed:
         raise MemoryPlanError(
@@ -94,7 +94,7 @@ def plan_pages(
                "more memory (XLA_PYTHON_CLIENT_MEM_FRACTION)")
         )  # fmt: skip
     share = (budget - needed) / max(1, sum((count - 2) * size for count, size in zip(wanted, page_bytes)))
-    if device.platform == "cpu" or config.kv_cache_memory_bytes is not None:
+    if devices[0].platform == "cpu" or config.kv_cache_memory_bytes is not None:
         share = min(share, 1.0)  # more than every row could fill
     pages = [2 + int(share * (count - 2)) for count in wanted]
     size = sum(count * page for count, page in zip(pages, page_bytes))
@@ -119,12 +119,13 @@ def _free_host_bytes() -> int:
         return 4 * CPU_CACHE_BYTES
 
 
-def _free_bytes(config: EngineConfig, device: jax.Device, reserved: int) -> tuple[int, str]:
-    """What pages may take, and where that figure comes from."""
-    stats: Mapping[str, Any] | None = device.memory_stats()
-    if device.platform == "cpu" or not stats:
-        return min(CPU_CACHE_BYTES, _free_host_bytes() // 4), "a quarter of the free memory"
-    limit, used = stats["bytes_limit"], stats["bytes_in_use"]
+def _free_bytes(config: EngineConfig, devices: Sequence[jax.Device], reserved: int) -> tuple[int, str]:
+    """What pages may take of each device, and where that figure comes from."""
+    found: list[Mapping[str, Any] | None] = [device.memory_stats() for device in devices]
+    if devices[0].platform == "cpu" or not all(found):  # devices of a host share its memory
+        return min(CPU_CACHE_BYTES, _free_host_bytes() // 4) // len(devices), "a quarter of the free memory"
+    stats = [each for each in found if each]
+    limit, used = min(each["bytes_limit"] for each in stats), max(each["bytes_in_use"] for each in stats)
     fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", DEFAULT_FRACTION))
     asked = int(limit / fraction * config.gpu_memory_utilization)
     if asked > limit:

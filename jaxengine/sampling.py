@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxengine.sharding import share_ids, total
 from jaxengine.step import Mode
 
 DRAW = 0  # purpose of the noise; others get their own number, so that two uses never share bits
@@ -73,18 +74,20 @@ def sample(
     num_logprobs: int = 0,
     logprobs_mode: Literal["raw", "processed"] = "raw",
     whole_vocab: bool = False,
+    axis: str | None = None,
 ) -> Sampled:
     """logits [R, V] of any float type -> one token for each row.
 
     The order is vLLM's: mask, bias, penalties, temperature, min_p, top_k, top_p. `mode` says what may be skipped:
     "greedy" all of it, "sampled" mask, bias, penalties and log-probabilities. Log-probabilities are of the logits as
     they came (raw), or of the distribution the token was drawn from (processed; for a row of temperature 0 the one
-    before temperature). K is num_logprobs, or V if that is less.
+    before temperature). K is num_logprobs, or V if that is less. `axis`: the mesh axis over which V is split, in the
+    first two modes; only numbers of R rows cross it.
     """
     logits = logits.astype(jnp.float32)
     rows = len(logits)
     if mode != "everything":
-        tokens = argmax(logits) if mode == "greedy" else _draw(logits, fields)[0]
+        tokens = argmax(logits, axis) if mode == "greedy" else _draw(logits, fields, axis)[0]
         none = jnp.zeros((rows, 0), jnp.float32)
         return Sampled(
             tokens, jnp.zeros(rows, jnp.float32), jnp.zeros(rows, jnp.int32), none.astype(jnp.int32), none, none
@@ -106,22 +109,28 @@ def sample(
     return Sampled(tokens, *found, whole)
 
 
-def argmax(x: jax.Array) -> jax.Array:
+def argmax(x: jax.Array, axis: str | None = None) -> jax.Array:
     """x [R, V] -> int32 [R], the lowest index among equals. Two plain reductions: XLA's CPU vectorizes those."""
     x = jax.lax.optimization_barrier(x)  # both must see the same floats, not two computations of them
-    vocab = x.shape[-1]
-    best = jnp.where(x == jnp.max(x, axis=-1, keepdims=True), jnp.arange(vocab, dtype=jnp.int32), vocab - 1)
-    return jnp.min(best, axis=-1)
+    vocab = x.shape[-1] if axis is None else x.shape[-1] * jax.lax.axis_size(axis)
+    best = jnp.where(x == _largest(x, axis), share_ids(x.shape[-1], axis), vocab - 1)
+    lowest = jnp.min(best, axis=-1)
+    return lowest if axis is None else jax.lax.pmin(lowest, axis)
 
 
-def _draw(logits: jax.Array, fields: SamplingFields) -> tuple[jax.Array, jax.Array]:
+def _largest(x: jax.Array, axis: str | None) -> jax.Array:
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    return largest if axis is None else jax.lax.pmax(largest, axis)
+
+
+def _draw(logits: jax.Array, fields: SamplingFields, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
     """float32 [R, V] -> tokens int32 [R], and the distance float32 [R] beyond which nothing was drawn."""
     greedy = fields.temperature <= 0
-    distance = _scaled_distance(logits, fields)
-    limit = jnp.where(greedy, jnp.inf, _limit(distance, fields))
+    distance = _scaled_distance(logits, fields, axis)
+    limit = jnp.where(greedy, jnp.inf, _limit(distance, fields, axis))
     # Gumbel-max: argmax(log p + noise) is distributed as p.
-    noised = jnp.where(distance <= limit[:, None], gumbel(fields, logits.shape[-1]) - distance, -jnp.inf)
-    return argmax(jnp.where(greedy[:, None], logits, noised)), limit
+    noised = jnp.where(distance <= limit[:, None], gumbel(fields, logits.shape[-1], axis=axis) - distance, -jnp.inf)
+    return argmax(jnp.where(greedy[:, None], logits, noised), axis), limit
 
 
 # -- logits
@@ -174,23 +183,23 @@ def count_tokens(counts: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.
 # -- how far from the best token
 
 
-def _distance(logits: jax.Array) -> jax.Array:
+def _distance(logits: jax.Array, axis: str | None = None) -> jax.Array:
     """float32 [R, V] -> largest logit - logit, 0 or more; infinite for logits of -inf, even if all are."""
-    return _best(logits) - logits
+    return _best(logits, axis) - logits
 
 
-def _best(logits: jax.Array) -> jax.Array:
+def _best(logits: jax.Array, axis: str | None = None) -> jax.Array:
     """float32 [R, V] -> [R, 1]; 0 where all are -inf."""
-    best = jnp.max(logits, axis=-1, keepdims=True)
+    best = _largest(logits, axis)
     return jnp.where(best == -jnp.inf, 0.0, best)
 
 
-def _scaled_distance(logits: jax.Array, fields: SamplingFields) -> jax.Array:
+def _scaled_distance(logits: jax.Array, fields: SamplingFields, axis: str | None = None) -> jax.Array:
     """The same in units of the temperature, which is 1 for greedy rows."""
-    return _distance(logits) / jnp.where(fields.temperature > 0, fields.temperature, 1.0)[:, None]
+    return _distance(logits, axis) / jnp.where(fields.temperature > 0, fields.temperature, 1.0)[:, None]
 
 
-def _limit(distance: jax.Array, fields: SamplingFields) -> jax.Array:
+def _limit(distance: jax.Array, fields: SamplingFields, axis: str | None) -> jax.Array:
     """float32 [R]: the distance up to which min_p, then top_k, then top_p keep tokens, ties included.
 
     top_p is a share of what min_p and top_k leave. For rows that use neither top_k nor top_p nothing is searched.
@@ -201,16 +210,16 @@ def _limit(distance: jax.Array, fields: SamplingFields) -> jax.Array:
 
     def within_top_k() -> jax.Array:
         def holds(t):
-            return jnp.sum(distance <= t[:, None], axis=-1, dtype=jnp.int32) >= fields.top_k
+            return total(jnp.sum(distance <= t[:, None], axis=-1, dtype=jnp.int32), axis) >= fields.top_k
 
         return jnp.where(by_k, _smallest(holds, rows), jnp.inf)
 
     def within_top_p(limit: jax.Array) -> jax.Array:
         weight = jnp.where(distance <= limit[:, None], jnp.exp(-distance), 0.0)
-        needed = fields.top_p * jnp.sum(weight, axis=-1)
+        needed = fields.top_p * total(jnp.sum(weight, axis=-1), axis)
 
         def holds(t):
-            return jnp.sum(jnp.where(distance <= t[:, None], weight, 0.0), axis=-1) >= needed
+            return total(jnp.sum(jnp.where(distance <= t[:, None], weight, 0.0), axis=-1), axis) >= needed
 
         return jnp.where(by_p, jnp.minimum(limit, _smallest(holds, rows)), limit)
 
@@ -239,12 +248,15 @@ def _smallest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
 # -- noise
 
 
-def gumbel(fields: SamplingFields, vocab: int, purpose: int = DRAW) -> jax.Array:
-    """Gumbel noise, float32 [R, vocab], a function of seed, sample index, position, purpose and token id alone."""
+def gumbel(fields: SamplingFields, vocab: int, purpose: int = DRAW, axis: str | None = None) -> jax.Array:
+    """Gumbel noise, float32 [R, vocab], a function of seed, sample index, position, purpose and token id alone.
+
+    `axis`: see `sample`; `vocab` is then the device's share.
+    """
     key = (fields.seed[:, 0], fields.seed[:, 1])
     for word in (fields.sample_index, fields.position, jnp.full(len(fields.seed), purpose)):
         key = _fold_in(key, word.astype(jnp.uint32))
-    ids = jnp.arange(vocab, dtype=jnp.uint32)[None]
+    ids = share_ids(vocab, axis, jnp.uint32)[None]
     bits, _ = _fold_in((key[0][:, None], key[1][:, None]), ids)
     # Finest near 0, where the largest noise comes from; never 0 or 1.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)

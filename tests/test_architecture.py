@@ -40,7 +40,7 @@ TABLE: dict[str, set[str]] = {
     "frontend": EVERYBODY | {"engine", "request", "tokenizer"},
     "assembly": EVERYBODY
     | {"engine", "weights", "live_weights", "tokenizer", "text", "frontend", "memory", "progress", "kv_cache"}
-    | {"sharding"},
+    | {"models", "sharding"},
     "beam_search": EVERYBODY | {"frontend", "progress", "request"},
     "llm": EVERYBODY
     | {"assembly", "frontend", "beam_search", "progress", "engine", "tokenizer", "request", "evaluate"}
@@ -61,7 +61,7 @@ THIRD_PARTY = {
 }
 # The host side: plain Python and NumPy.
 NO_JAX = ("jaxengine.request", "jaxengine.errors", "jaxengine.engine")
-JAX_ALLOWED = ("jaxengine.engine.runner", "jaxengine.engine.device_weights")
+JAX_ALLOWED = tuple(f"jaxengine.engine.{name}" for name in ("runner", "device_slots", "device_weights"))
 
 
 def module_name(path: Path) -> str:

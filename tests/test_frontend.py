@@ -100,7 +100,8 @@ def test_a_request_that_outgrows_the_pool():
     ("options", "error", "message"),
     [
         ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code"),
-        ({"tensor_parallel_size": 2}, UnsupportedError, "tensor_parallel_size of 2"),
+        ({"tensor_parallel_size": 2}, ConfigError, "needs 2 devices, there are 1"),
+        ({"tensor_parallel_size": 0}, ConfigError, "tensor_parallel_size=0 must be a positive integer"),
         ({"data_parallel_size": 2}, UnsupportedError, "data_parallel_size of 2"),
         ({"quantization": "fp8"}, UnsupportedError, "quantization='fp8'"),
         ({"max_modellen": 5}, ConfigError, "max_modellen"),

@@ -21,9 +21,9 @@ def device(platform="cpu", **stats):
     return SimpleNamespace(platform=platform, memory_stats=lambda: stats or None)
 
 
-def plan(groups, where=None, *, sizes=SIZES, reserved=0, **config):
+def plan(groups, *where, sizes=SIZES, reserved=0, **config):
     model = shared_llm().model_config
-    return plan_pages(EngineConfig(**config), model, groups, sizes, "float32", reserved, where or device())
+    return plan_pages(EngineConfig(**config), model, groups, sizes, "float32", reserved, where or [device()])
 
 
 def test_enough_for_every_row_and_no_more_on_a_cpu():
@@ -48,6 +48,16 @@ def test_the_budget_holds(budget, groups):
     else:
         pages = plan(groups, kv_cache_memory_bytes=budget)
         assert min(pages) >= 2 and sum(count * size for count, size in zip(pages, page_bytes)) <= budget
+
+
+def test_the_fullest_of_several_gpus_decides():
+    full, free = (device("gpu", bytes_limit=60 * GIB, bytes_in_use=used * GIB) for used in (50, 5))
+    assert plan([FULL], free, full) == plan([FULL], full, free) == plan([FULL], full) < plan([FULL], free)
+
+
+def test_devices_of_a_cpu_share_its_memory(monkeypatch):
+    monkeypatch.setattr("jaxengine.memory.CPU_CACHE_BYTES", 40 * BYTES["full"])
+    assert plan([FULL]) == (40,) and plan([FULL], device(), device()) == (20,)
 
 
 def test_what_a_gpu_has_left(monkeypatch):

@@ -100,19 +100,23 @@ def fresh_llm(kind="llama", pages=None, max_num_batched_tokens=None, **options):
     """
     llm = LLM(model_folder(kind), **(OPTIONS | options))
     llm._runner._programs = shared_llm(kind)._runner._programs
-    engine = llm._loop._engine
     if pages or max_num_batched_tokens:
-        engine.scheduler = Scheduler(
-            llm._runner.groups,
-            [pages or count for count in llm._runner.num_pages],
-            page_size=llm.config.page_size,
-            max_num_seqs=llm.config.max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens or llm.config.max_num_batched_tokens,
-            max_model_len=llm.config.max_model_len,
-            enable_prefix_caching=llm.config.enable_prefix_caching,
-            priority_aging_steps=llm.config.priority_aging_steps,
-        )
+        restrict(llm, pages, max_num_batched_tokens)
     return llm
+
+
+def restrict(llm, pages=None, max_num_batched_tokens=None):
+    """Gives an engine a new scheduler, which may use fewer pages of each group, and fewer tokens in a step."""
+    llm._loop._engine.scheduler = Scheduler(
+        llm._runner.groups,
+        [pages or count for count in llm._runner.num_pages],
+        page_size=llm.config.page_size,
+        max_num_seqs=llm.config.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens or llm.config.max_num_batched_tokens,
+        max_model_len=llm.config.max_model_len,
+        enable_prefix_caching=llm.config.enable_prefix_caching,
+        priority_aging_steps=llm.config.priority_aging_steps,
+    )
 
 
 def check_integrity(llm):

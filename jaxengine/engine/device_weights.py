@@ -5,28 +5,38 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxengine.config import ModelConfig
 from jaxengine.errors import WeightsDeletedError
-from jaxengine.models import build
+from jaxengine.models import build, logical_axes, one_share
+from jaxengine.sharding import TENSOR, named_sharding
 
 
 class DeviceWeights:
     """NNX is split once; programs close over what is static of it."""
 
-    def __init__(self, model: ModelConfig, params: Mapping[str, jax.Array], max_model_len: int, borrowed: bool):
+    def __init__(
+        self, model: ModelConfig, params: Mapping[str, jax.Array], max_model_len: int, mesh: Mesh, borrowed: bool
+    ):
         """`params` are canonical or prepared. `borrowed`: somebody else may delete them."""
-        self._model, self._max_model_len = model, max_model_len
-        self._graph, state = nnx.split(build(model, params, max_model_len))
+        self._model, self._max_model_len = one_share(model, mesh.size), max_model_len
+        self.axis = TENSOR if mesh.size > 1 else None  # over which programs run on each device's share of the leaves
+        self._graph, state = nnx.split(self._build(params))
         leaves, self._tree = jax.tree.flatten(state)
+        places = {path: named_sharding(mesh, axes) for path, axes in logical_axes(model, params).items()}
+        self.specs: list[PartitionSpec] = [place.spec for place in jax.tree.leaves(nnx.state(self._build(places)))]
         self.take(leaves, borrowed)
+
+    def _build(self, params: Mapping[str, Any]) -> nnx.Module:
+        return build(self._model, params, self._max_model_len, self.axis)
 
     def module(self, leaves: Sequence[jax.Array]) -> Any:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
 
     def flatten(self, params: Mapping[str, jax.Array]) -> list[jax.Array]:
         """The leaves of parameters with the shapes, dtypes and shardings of the first ones."""
-        leaves, tree = jax.tree.flatten(nnx.state(build(self._model, params, self._max_model_len)))
+        leaves, tree = jax.tree.flatten(nnx.state(self._build(params)))
         assert tree == self._tree  # type: ignore[operator]
         return leaves
 

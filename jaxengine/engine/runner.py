@@ -3,12 +3,11 @@
 The runner's only inputs are StepInputs and a few commands. Programs take flat leaves: NNX is split once.
 """
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.monitoring
@@ -18,20 +17,27 @@ from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.batch import Buckets
+from jaxengine.engine.device_slots import (
+    LogitRules,
+    Slots,
+    sampling_fields,
+    update_tables,
+    write_mask,
+    write_rules,
+    write_slots,
+)
 from jaxengine.engine.device_weights import DeviceWeights
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
 from jaxengine.layers.attention import AttentionInputs, Implementation
 from jaxengine.layers.pooling import pooled_sums
 from jaxengine.request import MAX_LOGIT_BIAS
 from jaxengine.sampling import (
-    SamplingFields,
-    count_row,
     count_tokens,
     prompt_logprobs,
     prompt_vocab_logprobs,
     sample,
 )
-from jaxengine.sharding import named_sharding
+from jaxengine.sharding import named_sharding, on_each_device
 from jaxengine.step import (
     MODES,
     SLOT_FLOATS,
@@ -49,24 +55,6 @@ PROMPT_CHUNK = 128  # prompt tokens whose logits exist at a time
 SLOT_BATCH = 8  # slots written by one call
 COMPILERS = 2  # programs compiled beside one another: each takes memory of the device, see memory.compiling_bytes
 CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
-
-
-class Slots(NamedTuple):
-    """What every step reads of its rows' slots. Slot `max_num_seqs` is the null slot, for padding."""
-
-    last_token: jax.Array  # int32 [slots]
-    tables: jax.Array  # int32 [groups, slots, columns]
-    ints: jax.Array  # int32 [slots, SLOT_INTS]
-    floats: jax.Array  # float32 [slots, SLOT_FLOATS]
-
-
-class LogitRules(NamedTuple):
-    """What only the `everything` program reads of them."""
-
-    counts: jax.Array  # int16 [slots, vocab], see sampling.count_tokens
-    mask: jax.Array  # uint32 [slots, words]
-    bias_ids: jax.Array  # int32 [slots, MAX_LOGIT_BIAS], -1 = none
-    bias_values: jax.Array  # float32 [slots, MAX_LOGIT_BIAS]
 
 
 class Flight:
@@ -113,7 +101,7 @@ class Runner:
         self.layer_group = tuple(
             next(g for g, group in enumerate(groups) if i in group.layers) for i in range(model.num_layers)
         )
-        self.weights = DeviceWeights(model, params, max_model_len, borrowed)
+        self.weights = DeviceWeights(model, params, max_model_len, mesh, borrowed)
         self.vocab_size = model.vocab_size
         self._programs: dict[tuple, Any] = {}
         self._compiling: dict[tuple, Future] = {}
@@ -279,21 +267,25 @@ class Runner:
             "prompt": (self._prompt, (), rest),
             "prompt_vocab": (self._prompt_vocab, (), rest),
             "pool": (self._pool, (), rest),
-            "write_slots": (_write_slots, (0, 1, 2), rest),
-            "write_rules": (_write_rules, (0,), rest),
-            "write_mask": (_write_mask, (0,), rest),
+            "write_slots": (write_slots, (0, 1, 2), rest),
+            "write_rules": (write_rules, (0,), rest),
+            "write_mask": (write_mask, (0,), rest),
         }
         function, donated, out = programs[name]
-        options = None
-        if name == "decode" and key[0].rows >= CUBLAS_ROWS and self.mesh.devices.flat[0].platform == "gpu":
-            options = {"xla_gpu_enable_triton_gemm": False}
-        jitted = jax.jit(partial(function, *key), donate_argnums=donated, out_shardings=out, compiler_options=options)
-        return jitted.lower(*self._arguments(name, key))
+        function, arguments = partial(function, *key), self._arguments(name, key)
+        if self.weights.axis is not None:
+            split = {id(self.weights.leaves): self.weights.specs, id(self._cache): cache.spec}
+            specs = tuple(split.get(id(argument), rest.spec) for argument in arguments)
+            function, arguments = on_each_device(function, arguments, specs, out, self.mesh)
+        on_gpu = self.mesh.devices.flat[0].platform == "gpu"
+        cublas = name == "decode" and key[0].rows >= CUBLAS_ROWS and on_gpu
+        options = {"xla_gpu_enable_triton_gemm": False} if cublas else None
+        return jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options).lower(*arguments)
 
     def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, packed):
         """`bucket.steps` new tokens for each row [rows, steps], head and sampler included."""
         step = unpack("decode", bucket, packed)
-        tables = _update_tables(tables, step["page_updates"])
+        tables = update_tables(tables, step["page_updates"])
         slots = step["slots"]
         row_tables, ints, floats = tuple(table[slots] for table in tables), ints[slots], floats[slots]
 
@@ -306,8 +298,8 @@ class Runner:
                                      self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
             model = self.weights.module(leaves)
             x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
-            fields = _sampling_fields(ints, floats, lengths)
-            drawn = sample(model.head(x), fields, mode, 0, self.logprobs_mode).tokens
+            fields = sampling_fields(ints, floats, lengths)
+            drawn = sample(model.head(x, share=True), fields, mode, axis=self.weights.axis).tokens
             return (cache, drawn), drawn
 
         start = cache, jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
@@ -317,7 +309,7 @@ class Runner:
     def _mixed(self, bucket, leaves, cache, last_token, tables, packed):
         """Rows of one token and chunks of prompts in one flat batch; the head comes in a program of its own."""
         step = unpack("mixed", bucket, packed)
-        tables = _update_tables(tables, step["page_updates"])
+        tables = update_tables(tables, step["page_updates"])
         row, positions, slots = step["token_row"], step["positions"], step["slots"]
         tokens = jnp.where(step["tokens"] < 0, last_token[slots[row]], step["tokens"])
         row_tables = tuple(table[slots] for table in tables)
@@ -340,10 +332,11 @@ class Runner:
         """Logits and sampling for the first rows of `rows`."""
         step = unpack("head", bucket, packed)
         slots = step["slots"]
-        logits = self.weights.module(leaves).head(rows[: bucket.rows])
-        fields = _sampling_fields(ints[slots], floats[slots], step["positions"], slots, rules)
+        split = mode != "everything"  # what edits and what ranks logits wants them whole
+        logits = self.weights.module(leaves).head(rows[: bucket.rows], share=split)
+        fields = sampling_fields(ints[slots], floats[slots], step["positions"], slots, rules)
         top = self.config.max_logprobs if mode == "everything" else 0
-        drawn = sample(logits, fields, mode, top, self.logprobs_mode, whole_vocab)
+        drawn = sample(logits, fields, mode, top, self.logprobs_mode, whole_vocab, self.weights.axis if split else None)
         last_token = last_token.at[slots].set(drawn.tokens)
         if mode != "everything":
             return last_token, (), {"tokens": drawn.tokens}
@@ -452,45 +445,3 @@ class CompilationCounter:
     def after_warmup(self) -> int | None:
         """None before the first warm-up."""
         return None if self._warm is None else self.total - self._warm
-
-
-def _update_tables(tables: jax.Array, updates: jax.Array) -> jax.Array:
-    """tables [groups, slots, columns]; updates [groups, n, 3] of (slot, column, page); padding hits the null slot."""
-    groups = jnp.arange(len(tables))[:, None]
-    return tables.at[groups, updates[:, :, 0], updates[:, :, 1]].set(updates[:, :, 2], mode="drop")
-
-
-def _write_slots(tables, ints, floats, slots, new_tables, new_ints, new_floats):
-    return tables.at[:, slots].set(new_tables), ints.at[slots].set(new_ints), floats.at[slots].set(new_floats)
-
-
-def _write_mask(mask, slot, new_mask):
-    return mask.at[slot].set(new_mask)
-
-
-def _write_rules(rules: LogitRules, sizes, tokens, mask, bias_ids, bias_values) -> LogitRules:
-    slot, num_prompt, num_tokens = sizes[0], sizes[1], sizes[2]
-    return LogitRules(
-        rules.counts.at[slot].set(count_row(tokens, num_prompt, num_tokens, rules.counts.shape[1])),
-        rules.mask.at[slot].set(mask),
-        rules.bias_ids.at[slot].set(bias_ids),
-        rules.bias_values.at[slot].set(bias_values),
-    )
-
-
-def _sampling_fields(ints, floats, positions, slots=None, rules=()) -> SamplingFields:
-    """The rows' slots as the sampler wants them; without rules the arrays of the `everything` program are absent."""
-    top_k, low, high, index, edits = (ints[:, i] for i in range(len(SLOT_INTS)))
-    values = dict(zip(("temperature", "top_p", "min_p", "presence", "frequency", "repetition"), floats.T, strict=True))
-    seed = jax.lax.bitcast_convert_type(jnp.stack([low, high], axis=1), jnp.uint32)
-    fields = SamplingFields(top_k=top_k, seed=seed, sample_index=index, position=positions, **values)
-    if not rules:
-        return fields
-    edited = (edits != 0)[:, None]  # a slot that edits nothing may hold its last owner's rules
-    return dataclasses.replace(
-        fields,
-        counts=jnp.where(edited, rules.counts[slots], 0),
-        mask=jnp.where(edited, rules.mask[slots], jnp.uint32(0xFFFFFFFF)),
-        bias_ids=jnp.where(edited, rules.bias_ids[slots], -1),
-        bias_values=rules.bias_values[slots],
-    )

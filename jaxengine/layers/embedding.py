@@ -3,15 +3,23 @@
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+
+from jaxengine.sharding import share_ids, total
 
 
 class Embedding(nnx.Module):
-    """A table [entries, hidden], read by row."""
+    """A table [entries, hidden], read by row; its rows may be split over a mesh axis."""
 
-    def __init__(self, params: Mapping[str, jax.Array]):
-        self.embedding = nnx.Param(params["embedding"])
+    def __init__(self, params: Mapping[str, jax.Array], axis: str | None = None):
+        self.embedding, self.axis = nnx.Param(params["embedding"]), axis
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids int32 [tokens] -> [tokens, hidden]."""
-        return self.embedding[...][ids]
+        table = self.embedding[...]
+        if self.axis is None:
+            return table[ids]
+        ids = ids - share_ids(len(table), self.axis)[0]
+        own = (ids >= 0) & (ids < len(table))
+        return total(jnp.where(own[:, None], table[jnp.where(own, ids, 0)], 0), self.axis)

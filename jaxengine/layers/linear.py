@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxengine.sharding import total
+
 FEW_TOKENS = 64  # up to so many, a CPU multiplies [out, in] by [in, tokens] faster than [tokens, in] by [in, out]
 
 
@@ -15,16 +17,20 @@ def precision(dtype) -> jax.lax.Precision | None:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`; kernel [in, out], or kernel_t [out, in]; bias [out] where the parameters have one."""
+    """`x @ kernel + bias`; kernel [in, out], or kernel_t [out, in]; bias [out] where the parameters have one.
 
-    def __init__(self, params: Mapping[str, jax.Array]):
+    `axis`: the mesh axis over which `in` is split; the devices' products are summed.
+    """
+
+    def __init__(self, params: Mapping[str, jax.Array], axis: str | None = None):
+        self.axis = axis
         self.kernel = nnx.Param(params["kernel"]) if "kernel" in params else None
         self.kernel_t = nnx.Param(params["kernel_t"]) if "kernel_t" in params else None
         self.bias = nnx.Param(params["bias"]) if "bias" in params else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [tokens, in] -> [tokens, out] in x's dtype."""
-        y = self._product(x, x.dtype)
+        y = total(self._product(x, x.dtype), self.axis)
         return y if self.bias is None else y + self.bias[...]
 
     def logits(self, x: jax.Array) -> jax.Array:

@@ -4,18 +4,21 @@ The canonical layout is public: a flat dict from a dotted path to an array, unfu
 transformers has them (`layers.0.self_attn.q_proj.kernel`). `prepare` turns it into what the step runs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from jaxengine.config import ModelConfig
-from jaxengine.errors import UnsupportedModelError
+from jaxengine.errors import ConfigError, UnsupportedModelError
 from jaxengine.models import gpt2, llama
-from jaxengine.sharding import ParamSpec
+from jaxengine.sharding import ParamSpec, named_sharding
 
 # Mistral, Qwen2 and Qwen3 are Llama with options that ModelConfig carries: windows, biases, norms on q and k.
 FAMILIES = {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama, "gpt2": gpt2}
@@ -37,12 +40,52 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     return family(config).param_specs(config)
 
 
-def build(config: ModelConfig, params: Mapping[str, jax.Array], max_model_len: int) -> nnx.Module:
+def one_share(config: ModelConfig, devices: int) -> ModelConfig:
+    """The model as each of `devices` has it: its heads and MLP columns; where there are fewer KV heads, a whole one.
+
+    Raises ConfigError for what does not divide.
+    """
+
+    def fits(count: int) -> bool:
+        kv_heads_fit = config.num_kv_heads % count == 0 or count % config.num_kv_heads == 0
+        return kv_heads_fit and config.num_heads % count == 0 and config.intermediate_size % count == 0
+
+    if not fits(devices):
+        raise ConfigError(
+            f"tensor_parallel_size={devices} does not divide num_heads={config.num_heads}, "
+            f"num_kv_heads={config.num_kv_heads} (or is not a multiple of it) and "
+            f"intermediate_size={config.intermediate_size}; use one of {[n for n in range(1, devices) if fits(n)]}"
+        )
+    if devices == 1:
+        return config
+    return replace(
+        config,
+        num_heads=config.num_heads // devices,
+        num_kv_heads=max(1, config.num_kv_heads // devices),
+        intermediate_size=config.intermediate_size // devices,
+    )
+
+
+def build(config: ModelConfig, params: Mapping[str, Any], max_model_len: int, axis: str | None = None) -> nnx.Module:
     """The family's module over these arrays (canonical or prepared), not copied.
 
-    `max_model_len`, in tokens, decides between the two factor sets of longrope.
+    `max_model_len`, in tokens, decides between the two factor sets of longrope. `axis`: the mesh axis that the arrays
+    are split over; `config` is then `one_share`.
     """
-    return family(config).Model(config, nest(params), max_model_len)
+    return family(config).Model(config, nest(params), max_model_len, axis)
+
+
+def logical_axes(config: ModelConfig, paths: Iterable[str]) -> dict[str, tuple[str | None, ...]]:
+    """Of canonical or prepared parameters."""
+    axes = {path: spec.axes for path, spec in param_specs(config).items()}
+    axes.setdefault("lm_head.kernel", axes["embed_tokens.embedding"][::-1])  # a tied one, prepared
+
+    def of(path: str) -> tuple[str | None, ...]:
+        *scope, name, kind = path.split(".")
+        found = axes[".".join((*scope, FUSED.get(name, (name,))[0], kind.removesuffix("_t")))]
+        return found[::-1] if kind.endswith("_t") else found
+
+    return {path: of(path) for path in paths}
 
 
 def nest(params: Mapping[str, jax.Array]) -> dict:
@@ -69,7 +112,11 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def prepare(
-    config: ModelConfig, params: dict[str, jax.Array], fuse: bool = True, transpose: bool = False
+    config: ModelConfig,
+    params: dict[str, jax.Array],
+    fuse: bool = True,
+    transpose: bool = False,
+    mesh: Mesh | None = None,
 ) -> dict[str, jax.Array]:
     """Canonical parameters -> those the step runs: q, k, v and gate, up joined, a tied head as a kernel of its own.
 
@@ -77,13 +124,22 @@ def prepare(
     head is the embedding transposed: streaming `[in, out]` is several times faster. `transpose`: kernels are stored
     `[out, in]`, as `kernel_t`, and a tied head is the embedding itself; a CPU multiplies a few tokens by those faster.
     `fuse=False` runs on the very arrays it is given (and on the embedding where the head is tied).
+
+    On a `mesh` of several devices KV heads of which there are fewer are repeated, the vocabulary is padded to what the
+    devices divide, and what is joined is joined on each device: its heads of q, then those of k, then those of v.
     """
+    if mesh is not None and mesh.size == 1:
+        mesh = None
+    if mesh is not None:
+        _fit(config, params, mesh)
     if not fuse:
         return dict(params)
     for fused, parts in FUSED.items():
         for path in [path for path in params if path.split(".")[-2] == parts[0]]:
             scope, kind = path.removesuffix(path.split(parts[0])[-1]).removesuffix(parts[0]), path.split(".")[-1]
-            params[f"{scope}{fused}.{kind}"] = _concatenate([params.pop(f"{scope}{part}.{kind}") for part in parts])
+            sharding = params[path].sharding if mesh is not None else None
+            apart = [params.pop(f"{scope}{part}.{kind}") for part in parts]
+            params[f"{scope}{fused}.{kind}"] = _concatenate(apart, sharding)
     if transpose:
         for path in [path for path in params if path.endswith(".kernel")]:
             params[f"{path}_t"] = _transpose(params.pop(path))
@@ -93,9 +149,35 @@ def prepare(
     return params
 
 
-@jax.jit
-def _concatenate(parts: list[jax.Array]) -> jax.Array:
-    return jnp.concatenate(parts, axis=-1)
+def _fit(config: ModelConfig, params: dict[str, jax.Array], mesh: Mesh) -> None:
+    copies, padding = max(1, mesh.size // config.num_kv_heads), -config.vocab_size % mesh.size
+    for path, axes in logical_axes(config, params).items():
+        sharding = named_sharding(mesh, axes)
+        if copies > 1 and "kv_heads" in axes:
+            params[path] = _repeat_heads(params[path], copies, config.head_dim, sharding)
+        if padding and "vocab" in axes:
+            params[path] = _pad(params[path], axes.index("vocab"), padding, sharding)
+        params[path] = jax.device_put(params[path], sharding)  # shares the memory of what is in its place
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _repeat_heads(x: jax.Array, copies: int, head_dim: int, sharding: NamedSharding) -> jax.Array:
+    heads = jnp.repeat(x.reshape(*x.shape[:-1], -1, head_dim), copies, axis=-2)
+    return jax.lax.with_sharding_constraint(heads.reshape(*x.shape[:-1], -1), sharding)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _pad(x: jax.Array, axis: int, count: int, sharding: NamedSharding) -> jax.Array:
+    widths = [(0, count if i == axis else 0) for i in range(x.ndim)]
+    return jax.lax.with_sharding_constraint(jnp.pad(x, widths), sharding)
+
+
+@partial(jax.jit, static_argnums=1)
+def _concatenate(parts: list[jax.Array], sharding: NamedSharding | None) -> jax.Array:
+    join = partial(jnp.concatenate, axis=-1)
+    if sharding is None:
+        return join(parts)
+    return jax.shard_map(join, mesh=sharding.mesh, in_specs=(sharding.spec,), out_specs=sharding.spec)(parts)
 
 
 @jax.jit

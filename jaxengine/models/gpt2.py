@@ -26,11 +26,11 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int, axis: str | None):
         self.head_dim, self.window, self.scale = config.head_dim, config.windows[layer], config.attention_scales[layer]
         width = config.num_heads * config.head_dim
         self.qkv = Projections(params, ("q_proj", "k_proj", "v_proj"), "qkv_proj", (width, width, width))
-        self.o_proj = Linear(params["o_proj"])
+        self.o_proj = Linear(params["o_proj"], axis)
 
     def __call__(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         q, k, v = (y.reshape(len(x), -1, self.head_dim) for y in self.qkv(x))
@@ -40,8 +40,8 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any]):
-        self.up_proj, self.down_proj = Linear(params["up_proj"]), Linear(params["down_proj"])
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], axis: str | None):
+        self.up_proj, self.down_proj = Linear(params["up_proj"]), Linear(params["down_proj"], axis)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,11 +49,11 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int, axis: str | None):
         self.input_layernorm = LayerNorm(params["input_layernorm"], config.norm_eps)
-        self.self_attn = Attention(config, params["self_attn"], layer)
+        self.self_attn = Attention(config, params["self_attn"], layer, axis)
         self.post_attention_layernorm = LayerNorm(params["post_attention_layernorm"], config.norm_eps)
-        self.mlp = MLP(config, params["mlp"])
+        self.mlp = MLP(config, params["mlp"], axis)
 
     def __call__(self, x: llama.Residual, inputs: LayerInputs, cache: LayerCache) -> tuple[llama.Residual, LayerCache]:
         total = x.x + x.y
@@ -63,10 +63,11 @@ class Layer(nnx.Module):
 
 
 class Model(llama.Model):
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], max_model_len: int):
-        self.embed_tokens = Embedding(params["embed_tokens"])
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], max_model_len: int, axis: str | None = None):
+        self.vocab_size, self.axis = config.vocab_size, axis
+        self.embed_tokens = Embedding(params["embed_tokens"], axis)
         self.embed_positions = Embedding(params["embed_positions"])
-        self.layers = nnx.List([Layer(config, params["layers"][str(i)], i) for i in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, params["layers"][str(i)], i, axis) for i in range(config.num_layers)])
         self.norm = LayerNorm(params["norm"], config.norm_eps)
         self.lm_head = Linear(params["lm_head"]) if "lm_head" in params else None
 

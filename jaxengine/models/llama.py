@@ -20,7 +20,7 @@ from jaxengine.layers.linear import Linear, Projections, precision
 from jaxengine.layers.norm import RMSNorm
 from jaxengine.layers.ops import Implementation, ops
 from jaxengine.layers.rope import rope_angles, rope_frequencies
-from jaxengine.sharding import ParamSpec
+from jaxengine.sharding import ParamSpec, gather, share_ids
 
 
 def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -59,12 +59,14 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions over the paged cache."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int, max_model_len: int):
+    def __init__(
+        self, config: ModelConfig, params: Mapping[str, Any], layer: int, max_model_len: int, axis: str | None
+    ):
         c = config
         self.head_dim, self.window, self.scale = c.head_dim, c.windows[layer], c.attention_scales[layer]
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.qkv = Projections(params, ("q_proj", "k_proj", "v_proj"), "qkv_proj", (q, kv, kv))
-        self.o_proj = Linear(params["o_proj"])
+        self.o_proj = Linear(params["o_proj"], axis)
         self.q_norm = RMSNorm(params["q_norm"], c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(params["k_norm"], c.norm_eps) if c.qk_norm else None
         assert c.rope is not None
@@ -84,10 +86,10 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any]):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], axis: str | None):
         width = config.intermediate_size
         self.gate_up = Projections(params, ("gate_proj", "up_proj"), "gate_up_proj", (width, width))
-        self.down_proj = Linear(params["down_proj"])
+        self.down_proj = Linear(params["down_proj"], axis)
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, implementation: Implementation) -> jax.Array:
@@ -103,11 +105,13 @@ class Residual(NamedTuple):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int, max_model_len: int):
+    def __init__(
+        self, config: ModelConfig, params: Mapping[str, Any], layer: int, max_model_len: int, axis: str | None
+    ):
         self.input_layernorm = RMSNorm(params["input_layernorm"], config.norm_eps)
-        self.self_attn = Attention(config, params["self_attn"], layer, max_model_len)
+        self.self_attn = Attention(config, params["self_attn"], layer, max_model_len, axis)
         self.post_attention_layernorm = RMSNorm(params["post_attention_layernorm"], config.norm_eps)
-        self.mlp = MLP(config, params["mlp"])
+        self.mlp = MLP(config, params["mlp"], axis)
 
     def __call__(self, x: Residual, inputs: LayerInputs, cache: LayerCache) -> tuple[Residual, LayerCache]:
         implementation = inputs.step.implementation
@@ -129,12 +133,16 @@ def run_layer(
 
 
 class Model(nnx.Module):
-    """Token ids -> hidden states -> logits, in three parts that the runner composes."""
+    """Token ids -> hidden states -> logits, in three parts that the runner composes.
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], max_model_len: int):
-        self.embed_tokens = Embedding(params["embed_tokens"])
+    `axis`: the mesh axis over which the heads, the MLP and the vocabulary are split; `config` is then a device's share.
+    """
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], max_model_len: int, axis: str | None = None):
+        self.vocab_size, self.axis = config.vocab_size, axis
+        self.embed_tokens = Embedding(params["embed_tokens"], axis)
         self.layers = nnx.List(
-            [Layer(config, params["layers"][str(i)], i, max_model_len) for i in range(config.num_layers)]
+            [Layer(config, params["layers"][str(i)], i, max_model_len, axis) for i in range(config.num_layers)]
         )
         self.norm = RMSNorm(params["norm"], config.norm_eps)
         self.lm_head = Linear(params["lm_head"]) if "lm_head" in params else None
@@ -151,10 +159,16 @@ class Model(nnx.Module):
             layers.append(written)
         return residual.x + residual.y, KVCache(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers))
 
-    def head(self, x: jax.Array) -> jax.Array:
-        """x [rows, hidden] -> logits float32 [rows, vocab]."""
+    def head(self, x: jax.Array, share: bool = False) -> jax.Array:
+        """x [rows, hidden] -> logits float32 [rows, vocab]; `share`: this device's only, with -inf for padding."""
         x = self.norm(x)
         if self.lm_head is not None:
-            return self.lm_head.logits(x)
-        table = self.embed_tokens.embedding[...]
-        return jnp.dot(x, table.T, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+            logits = self.lm_head.logits(x)
+        else:
+            table = self.embed_tokens.embedding[...]
+            logits = jnp.dot(x, table.T, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+        if self.axis is None:
+            return logits
+        if not share:
+            return gather(logits, self.axis)[:, : self.vocab_size]
+        return jnp.where(share_ids(logits.shape[1], self.axis) < self.vocab_size, logits, -jnp.inf)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxengine.sharding import ParamSpec, named_sharding
+from jaxengine.sharding import ParamSpec
 
 DEVIATION = 0.02  # transformers' initializer_range
 
@@ -18,7 +18,7 @@ DEVIATION = 0.02  # transformers' initializer_range
 def random_params(specs: Mapping[str, ParamSpec], dtype: str, mesh: Mesh, seed: int) -> dict[str, jax.Array]:
     """Uniform around 0, scales of norms around 1. Nothing passes through the host."""
     return {
-        path: _program(spec.shape, dtype, float(path.endswith(".scale")), named_sharding(mesh, spec.axes))(
+        path: _program(spec.shape, dtype, float(path.endswith(".scale")), spec.sharding(mesh))(
             np.uint32(seed & 0xFFFFFFFF), np.uint32(crc32(path.encode()))
         )
         for path, spec in specs.items()

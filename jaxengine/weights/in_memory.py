@@ -15,7 +15,7 @@ from flax import nnx
 from jaxengine.config import ModelConfig, ParamRule
 from jaxengine.errors import CheckpointError, ConfigError
 from jaxengine.models import flatten
-from jaxengine.sharding import ParamSpec, named_sharding
+from jaxengine.sharding import ParamSpec
 from jaxengine.weights.checkpoint import EMBEDDING, HEAD, Checkpoint, given_config
 from jaxengine.weights.rules import Leaf, find_leaves, usual_dtype
 
@@ -89,7 +89,7 @@ def place(
     params: dict[str, jax.Array] = {}
     unfinished: list[jax.Array] = []
     for done, (path, spec) in enumerate(specs.items(), 1):
-        leaf, sharding = leaves[path], named_sharding(mesh, spec.axes)
+        leaf, sharding = leaves[path], spec.sharding(mesh)
         value = leaf.value()
         params[path] = _placed(value, dtype, sharding, borrow or value is not leaf.source)
         if params[path] is not leaf.source:

@@ -13,7 +13,7 @@ from converters.tensors import Target
 from jaxengine.config import ModelConfig
 from jaxengine.errors import CheckpointError
 from jaxengine.models import param_specs
-from jaxengine.sharding import ParamSpec, named_sharding
+from jaxengine.sharding import ParamSpec
 from jaxengine.weights import in_memory
 from jaxengine.weights.checkpoint import EMBEDDING, HEAD, Checkpoint
 from jaxengine.weights.rules import raise_faults
@@ -97,14 +97,14 @@ def _place(
 ) -> list[jax.Array]:
     """One tensor as the parameters that it holds, on their way to the devices."""
     if target.transposed:
-        axes = specs[target.paths[0]].axes
+        spec = specs[target.paths[0]]
         if platform == "cpu":  # the transfer transposes faster than NumPy does
-            return [jax.device_put(array.T, named_sharding(mesh, axes))]
-        arrived = jax.device_put(array, named_sharding(mesh, axes[::-1]))
-        return [_transposed(named_sharding(mesh, axes))(arrived)]  # at 1 GB/s a host would be the slowest part
+            return [jax.device_put(array.T, spec.sharding(mesh))]
+        arrived = jax.device_put(array, ParamSpec(spec.shape[::-1], spec.axes[::-1]).sharding(mesh))
+        return [_transposed(spec.sharding(mesh))(arrived)]  # at 1 GB/s a host would be the slowest part
     widths = [specs[path].shape[-1] for path in target.paths]
     parts = np.split(array, np.cumsum(widths)[:-1], axis=-1)
-    return [jax.device_put(part, named_sharding(mesh, specs[path].axes)) for path, part in zip(target.paths, parts)]
+    return [jax.device_put(part, specs[path].sharding(mesh)) for path, part in zip(target.paths, parts)]
 
 
 @cache

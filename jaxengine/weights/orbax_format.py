@@ -15,7 +15,6 @@ from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 from jaxengine.config import ModelConfig, ParamRule
 from jaxengine.errors import CheckpointError
 from jaxengine.models import nest, param_specs
-from jaxengine.sharding import named_sharding
 from jaxengine.weights.rules import SAME, Leaf, apply, find_leaves
 
 FOLDER = "params"  # of the canonical parameters that `save` writes, beside config.json
@@ -92,7 +91,7 @@ def restore(
             source.place: jax.ShapeDtypeStruct(
                 source.shape,
                 dtype if rule == SAME else source.dtype,
-                sharding=named_sharding(mesh, specs[paths[0]].axes) if rule == SAME else _spread(source.shape, mesh),
+                sharding=specs[paths[0]].sharding(mesh) if rule == SAME else _spread(source.shape, mesh),
             )
             for source, rule, paths in batch
         }
@@ -102,7 +101,7 @@ def restore(
             if rule == SAME:
                 params[paths[0]] = array
             else:
-                shardings = tuple(named_sharding(mesh, specs[path].axes) for path in paths)
+                shardings = tuple(specs[path].sharding(mesh) for path in paths)
                 params |= zip(paths, jax.block_until_ready(_program(rule, dtype, shardings)(array)), strict=True)
         report(len(params), len(specs))
     return {path: params[path] for path in specs}

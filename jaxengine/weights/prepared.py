@@ -30,7 +30,7 @@ def load_prepared(
         params = load_params(checkpoint, config.dtype, mesh, seed=config.seed, borrow=not fuse, on_tensor=on_tensor)
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         # What prepare no longer needs is free only when it is done, and the memory plan counts what is free.
-        params = jax.block_until_ready(prepare(checkpoint.config, params, fuse, transpose=on_cpu))
+        params = jax.block_until_ready(prepare(checkpoint.config, params, fuse, on_cpu, mesh))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -1,0 +1,222 @@
+"""Tensor parallelism on eight simulated devices; `test_sharding.py` starts it."""
+
+import re
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
+from jaxengine.kv_cache import AXES
+from jaxengine.models import param_specs
+from jaxengine.sharding import create_mesh, gather, named_sharding, on_each_device
+from jaxengine.weights.checkpoint import read_config
+from tests.references import tiny
+from tests.tiny_llm import OPTIONS, check_integrity, model_folder, restrict
+
+VOCAB, HEADS = 601, 8  # no number of devices divides the vocabulary
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": HEADS, "head_dim": 16, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "bos_token_id": 1,
+    "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+CONFIGS = {
+    "llama": SIZES | {"model_type": "llama", "num_key_value_heads": 1},
+    "mistral": SIZES | {"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 40},
+    "qwen2": SIZES | {"model_type": "qwen2", "num_key_value_heads": 4},
+    "qwen3": SIZES | {"model_type": "qwen3", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_head": HEADS, "n_layer": 2, "n_positions": 128,
+             "vocab_size": VOCAB, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "bos_token_id": 1,
+             "eos_token_id": 2},
+}  # fmt: skip
+SMALL = OPTIONS | {"max_num_seqs": 4}
+COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+full = pytest.mark.full
+
+
+@cache
+def params(family):
+    specs = param_specs(read_config(CONFIGS[family], "float32", ()))
+    return {
+        path: tiny.STD * tiny.uniform(path, np.prod(spec.shape)).reshape(spec.shape) + path.endswith(".scale")
+        for path, spec in specs.items()
+    }
+
+
+def make_llm(family, devices, **options):
+    config = {"tensor_parallel_size": devices, "fuse_weights": True} | options
+    return LLM(params(family), config=CONFIGS[family], **(SMALL | config))
+
+
+def answers(llm):
+    """Tokens and log-probabilities of prompts with a common prefix, in chunks, with fewer pages than they need."""
+    rng, rows = np.random.default_rng(0), []
+    prefix = rng.integers(3, VOCAB, 24).tolist()
+    prompts = [prefix + rng.integers(3, VOCAB, length).tolist() for length in (6, 17, 9, 38)]
+    restrict(llm, pages=20 if llm.model_config.windows[0] is None else 16)  # a window frees what is behind it
+    schedule = llm._loop._engine.scheduler.schedule
+    llm._loop._engine.scheduler.schedule = lambda: rows.append(schedule()) or rows[-1]
+    common = {"max_tokens": 16, "ignore_eos": True, "detokenize": False}
+    found = []
+    for params in (
+        SamplingParams(temperature=0, logprobs=2, prompt_logprobs=1, **common),
+        SamplingParams(temperature=0, **common),
+        SamplingParams(temperature=0.9, top_k=40, top_p=0.9, seed=5, **common),
+        SamplingParams(temperature=1.2, repetition_penalty=1.1, logit_bias={7: 2.0}, seed=6, **common),
+    ):
+        found.append(llm.generate(prompts, params, use_tqdm=False))
+    metrics = llm.get_metrics()
+    assert min(metrics["num_preemptions"], metrics["prefix_cache_hits"]) > 0, metrics
+    assert any((~step.samples[step.count > 1]).any() for step in rows), "prompts came in chunks"
+    check_integrity(llm)
+    tokens = [[output.outputs[0].token_ids for output in outputs] for outputs in found]
+    logprobs = [output.outputs[0].logprobs.logprobs for output in found[0]]
+    logprobs += [output.prompt_logprobs.logprobs[1:] for output in found[0]]
+    return tokens, np.concatenate(logprobs)
+
+
+@cache
+def alone(family):
+    with make_llm(family, 1) as llm:
+        assert len(llm._runner.weights.leaves[0].sharding.device_set) == 1
+        return answers(llm)
+
+
+def check_answers(family, llm):
+    (want, want_logprobs), (tokens, logprobs) = alone(family), answers(llm)
+    assert tokens == want
+    np.testing.assert_allclose(logprobs, want_logprobs, atol=1e-4)
+
+
+def check_places(llm, devices):
+    """Weights and cache lie where programs want them, after steps too."""
+    runner, mesh = llm._runner, create_mesh(devices)
+    pools = jax.tree.leaves(runner._cache)
+    assert {pool.sharding for pool in pools} == {named_sharding(mesh, AXES)}
+    kv_heads = runner.model.num_kv_heads
+    assert pools[0].addressable_shards[0].data.shape[1] == max(1, kv_heads // devices)
+    for leaf, spec in zip(runner.weights.leaves, runner.weights.specs, strict=True):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+    matrices = [leaf for leaf in runner.weights.leaves if leaf.ndim == 2]
+    shares = [leaf.addressable_shards[0].data.nbytes * devices == leaf.nbytes for leaf in matrices]
+    assert sum(shares) == len(shares) - (runner.model.model_type == "gpt2")  # its positions are whole
+
+
+@pytest.mark.parametrize(
+    ("family", "devices", "fuse"),
+    [
+        ("qwen3", 4, True),
+        *(
+            pytest.param(family, devices, devices != 4, marks=full)
+            for family in CONFIGS
+            for devices in (2, 4, 8)
+            if (family, devices) != ("qwen3", 4)
+        ),
+        pytest.param("qwen3", 4, False, marks=full),
+    ],
+)
+def test_the_same_answers_as_one_device(family, devices, fuse):
+    with make_llm(family, devices, fuse_weights=fuse) as llm:
+        check_answers(family, llm)
+        check_places(llm, devices)
+        check_collectives(llm)
+        check_padding(llm, devices)
+
+
+def check_collectives(llm):
+    """Two sums a layer, one of the embedding, numbers of rows where tokens are drawn; no weight and no page moves."""
+    runner, layers = llm._runner, llm._runner.model.num_layers
+    found = {}
+    for (name, *key), program in runner._programs.items():
+        counts = {}
+        for kind in COLLECTIVE.findall(program.as_text()):
+            counts[kind] = counts.get(kind, 0) + 1
+        found.setdefault((name, key[1] if name in ("decode", "head") else None), counts)
+    model, drawn = 2 * layers + 1, {"greedy": 2, "sampled": 6}
+    wanted = {("mixed", None): {"all-reduce": model}, ("head", "everything"): {"all-gather": 1}}
+    wanted |= {("prompt", None): {"all-gather": 1}, ("write_slots", None): {}, ("write_rules", None): {}}
+    wanted |= {("decode", mode): {"all-reduce": model + count} for mode, count in drawn.items()}
+    wanted |= {("head", mode): {"all-reduce": count} for mode, count in drawn.items()}
+    assert found == wanted
+
+
+def check_padding(llm, devices):
+    """No token that is not in the vocabulary can be drawn, however small the others' logits are."""
+    weights, mesh = llm._runner.weights, create_mesh(devices)
+    arguments = weights.leaves, jnp.ones((2, llm.model_config.hidden_size))
+    split, _ = on_each_device(
+        lambda leaves, x: gather(weights.module(leaves).head(x, share=True), "tensor"),
+        arguments, (weights.specs, PartitionSpec()), named_sharding(mesh), mesh,
+    )  # fmt: skip
+    logits = np.asarray(jax.jit(split)(*arguments))
+    assert logits.shape[1] == VOCAB + -VOCAB % devices
+    assert np.isfinite(logits[:, :VOCAB]).all() and (logits[:, VOCAB:] == -np.inf).all()
+
+
+def test_a_mesh_of_ones_own():
+    devices = jax.devices()[3:5]
+    with LLM(model_folder(), mesh=Mesh(np.array(devices)[None], ("replica", "tensor")), **SMALL) as llm:
+        [output] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 2
+        assert llm._runner._cache.k[0].sharding.device_set == set(devices)
+
+
+@full
+def test_new_weights_take_the_places_of_the_old():
+    other = {path: array[..., ::-1] for path, array in params("qwen3").items()}
+    ask = [[5, 6, 7, 8]], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    tokens = []
+    for devices in (1, 4):
+        with make_llm("qwen3", devices) as llm:
+            before = llm.generate(*ask, use_tqdm=False)[0].outputs[0].token_ids
+            for in_place in (False, True):
+                llm.update_weights(other, in_place=in_place)
+                tokens.append(llm.generate(*ask, use_tqdm=False)[0].outputs[0].token_ids)
+                assert tokens[-1] == tokens[0] != before
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "error", "message"),
+    [
+        ("qwen2", {"tensor_parallel_size": 3}, ConfigError,
+         r"=3 does not divide num_heads=8, num_kv_heads=4 .* intermediate_size=96; use one of \[1, 2\]"),
+        ("qwen2", {"tensor_parallel_size": 16}, ConfigError, "needs 16 devices, there are 8"),
+        ("qwen2", {"mesh": (2, 2)}, UnsupportedError, "only the axis 'tensor' may have several devices"),
+        ("qwen2", {"mesh": (1, 2), "tensor_parallel_size": 4}, ConfigError, "left out, or the 2 of the mesh"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(family, options, error, message):
+    if "mesh" in options:
+        options = options | {"mesh": jax.make_mesh(options["mesh"], ("data", "tensor"))}
+    with pytest.raises(error, match=message):
+        make_llm(family, **({"devices": 1} | options))
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=full)])
+def test_the_kernels_lower_for_cuda_within_each_device(devices):
+    shape = CONFIGS["qwen3"] | {"head_dim": 64, "max_position_embeddings": 4096}
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "dtype": "bfloat16", "kv_cache_memory_bytes": 2**24}
+    specs = param_specs(read_config(shape, "bfloat16", ()))
+    made = {path: np.zeros(spec.shape, np.float32) for path, spec in specs.items()}
+    card = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((devices,), ("tensor",), (AxisType.Auto,), abstract_device=card)
+    with LLM(made, config=shape, tensor_parallel_size=devices, fuse_weights=True, **sizes) as llm:
+        runner, pool = llm._runner, PartitionSpec(None, "tensor")
+        runner.attention = "triton"
+        for name, kernel in {"decode": "paged_decode", "mixed": "paged_extend_mosaic"}.items():
+            key = next(key for other, key in runner._all_keys()[::-1] if other == name)
+            split = {id(runner.weights.leaves): runner.weights.specs, id(runner._cache): pool}
+            arguments = runner._arguments(name, key)
+            program = jax.shard_map(
+                partial(getattr(runner, f"_{name}"), *key), mesh=mesh, out_specs=(pool, *[PartitionSpec()] * 3),
+                in_specs=tuple(split.get(id(argument), PartitionSpec()) for argument in arguments), check_vma=False,
+            )  # fmt: skip
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+            with jax.sharding.use_abstract_mesh(mesh):
+                text = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+            assert "rope_write" in text and kernel in text
+            assert "stablehlo.all_reduce" in text

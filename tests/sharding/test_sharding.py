@@ -1,0 +1,21 @@
+"""Runs `eight_devices.py` in a process of its own, as a CPU is several devices only from its start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = Path(__file__).with_name("eight_devices.py")
+# Compiling is what these tests spend their time on; the least effort halves it.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+
+@pytest.mark.parametrize("marks", ["not full", pytest.param("full", marks=pytest.mark.full)])
+def test_on_eight_simulated_devices(marks):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, str(CASES)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
