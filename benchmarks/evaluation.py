@@ -20,8 +20,8 @@ from benchmarks.workloads import SHAPES
 TEXT, PROMPT, OUTPUT = (256, 2048), (16, 512), (8, 64)  # tokens, ends included
 
 
-def texts(count: int, length: tuple[int, int], vocab: int, seed: int) -> Iterator[list[int]]:
-    rng = random.Random(seed)
+def texts(count: int, length: tuple[int, int], vocab: int) -> Iterator[list[int]]:
+    rng = random.Random(0)
     for _ in range(count):
         yield [rng.randrange(2, vocab) for _ in range(rng.randint(*length))]
 
@@ -29,10 +29,10 @@ def texts(count: int, length: tuple[int, int], vocab: int, seed: int) -> Iterato
 def score(llm: Any, shape: Any, count: int, flops: float) -> dict[str, Any]:
     import jax
 
-    device = jax.devices()[0]
-    llm.logprobs(list(texts(count, TEXT, shape.vocab_size, seed=1)), use_tqdm=False)  # compiles
-    before, found = device.memory_stats() or {}, list(texts(count, TEXT, shape.vocab_size, seed=0))
+    device, found = jax.devices()[0], list(texts(count, TEXT, shape.vocab_size))
+    llm.logprobs(found, use_tqdm=False)  # compiles
     llm.reset_prefix_cache()
+    before, compiled = device.memory_stats() or {}, llm._runner.compilations.total
     begin = perf_counter()
     llm.logprobs(found, use_tqdm=False)
     seconds, after = perf_counter() - begin, device.memory_stats() or {}
@@ -40,7 +40,7 @@ def score(llm: Any, shape: Any, count: int, flops: float) -> dict[str, Any]:
     limit = tokens * 2 * shape.parameters_read / flops
     grown = {name: after[name] - before[name] for name in before if name in ("bytes_in_use", "peak_bytes_in_use")}
     return {"texts": count, "tokens": tokens, "seconds": seconds, "tok_s": tokens / seconds, "share": limit / seconds,
-            "grown": grown}  # fmt: skip
+            "compilations": llm._runner.compilations.total - compiled, "grown": grown}  # fmt: skip
 
 
 def generate(llm: Any, shape: Any, count: int) -> dict[str, Any]:
@@ -49,19 +49,21 @@ def generate(llm: Any, shape: Any, count: int) -> dict[str, Any]:
     rng = random.Random(2)
     lengths = [rng.randint(*OUTPUT) for _ in range(count)]
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
-    warm = list(texts(1024, PROMPT, shape.vocab_size, seed=1))
-    llm.generate(warm, params[: len(warm)], use_tqdm=False)
-    prompts = list(texts(count, PROMPT, shape.vocab_size, seed=0))
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    prompts = list(texts(count, PROMPT, shape.vocab_size))
+    some = count // 4
+    llm.generate(prompts[:some], params[:some], use_tqdm=False)  # compiles
+    llm.reset_prefix_cache()
+    compiled, host = llm._runner.compilations.total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with recorded(llm._runner) as steps:
         begin = perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = perf_counter() - begin
     assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - host) * 1024
+    compiled = llm._runner.compilations.total - compiled
+    busy = queued_seconds(llm._runner, steps, samples=3, repeats=20) / seconds
     return {"prompts": count, "in_tokens": sum(map(len, prompts)), "out_tokens": sum(lengths), "seconds": seconds,
-            "steps": len(steps), "busy": queued_seconds(llm._runner, steps, samples=3, repeats=20) / seconds,
-            "host_bytes_grown": grown}  # fmt: skip
+            "steps": len(steps), "compilations": compiled, "busy": busy, "host_bytes_grown": grown}  # fmt: skip
 
 
 def main() -> None:
