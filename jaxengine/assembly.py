@@ -40,6 +40,7 @@ class PlatformDefaults:
     smallest_rows: int  # the smallest bucket of a decode step
     smallest_tokens: int  # the smallest bucket of a step with prompts
     block_q: int  # query tokens in a block of the extend kernel
+    prompt_chunk: int  # prompt tokens whose logits exist at a time
     attention: str
 
 
@@ -48,9 +49,9 @@ SHORT_STEP_BYTES, SHORT_STEPS = 4e9, 4
 # Of buckets, beyond which they are multiples: padding against programs to compile, see benchmarks/README.md.
 ROW_STEP, TOKEN_STEP = 32, 512
 PLATFORMS = {
-    "cpu": PlatformDefaults(32, 512, 1, 16, 32, "xla"),
+    "cpu": PlatformDefaults(32, 512, 1, 16, 32, 128, "xla"),
     # Two rows at least: XLA turns the products of a single row into reductions, which take 1.4 times as long.
-    "gpu": PlatformDefaults(256, 8192, 2, 64, 64, "triton"),
+    "gpu": PlatformDefaults(256, 8192, 2, 64, 64, 512, "triton"),
 }
 
 
@@ -89,7 +90,13 @@ def assemble(
     defaults = PLATFORMS[device.platform]
     config = _resolve(config, checkpoint, defaults, device)
     assert config.max_model_len and config.max_num_seqs and config.max_num_batched_tokens
-    sizes = Sizes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, config.page_size)
+    sizes = Sizes(
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.max_model_len,
+        config.page_size,
+        defaults.prompt_chunk,
+    )
     words = _load_tokenizer(tokenizer, checkpoint, source.get("download_dir"))
     params, borrowed = _load_weights(checkpoint, config, mesh)
     short = device.platform == "gpu" and sum(p.nbytes for p in params.values()) / mesh.size < SHORT_STEP_BYTES
@@ -112,8 +119,8 @@ def assemble(
     )
     runner = Runner(
         config, checkpoint.config, params, groups=groups, num_pages=num_pages, buckets=buckets,
-        max_model_len=sizes.max_model_len, cache_dtype=config.kv_cache_dtype, attention=config.attention,
-        temporary_bytes=temporary, mesh=mesh, borrowed=borrowed,
+        max_model_len=sizes.max_model_len, prompt_chunk=sizes.prompt_chunk, cache_dtype=config.kv_cache_dtype,
+        attention=config.attention, temporary_bytes=temporary, mesh=mesh, borrowed=borrowed,
     )  # fmt: skip
     scheduler = Scheduler(
         groups, num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs,

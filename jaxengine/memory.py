@@ -29,6 +29,7 @@ class Sizes:
     max_num_batched_tokens: int
     max_model_len: int
     page_size: int
+    prompt_chunk: int = 128  # prompt tokens whose logits exist at a time
 
 
 def temporary_bytes(model: ModelConfig, sizes: Sizes, max_logprobs: int, dtype: str, attention: str) -> int:
@@ -38,7 +39,7 @@ def temporary_bytes(model: ModelConfig, sizes: Sizes, max_logprobs: int, dtype: 
     item = jnp.dtype(dtype).itemsize
     layer = tokens * (4 * model.hidden_size + 3 * heads + 4 * model.intermediate_size) * max(item, 4)
     sampler = 8 * rows * vocab * 4  # logits, distances, weights, noise, and their masks
-    scoring = 4 * 128 * vocab * 4 + tokens * (max_logprobs + 2) * 8
+    scoring = 4 * sizes.prompt_chunk * vocab * 4 + tokens * (max_logprobs + 2) * 8
     partial = 528 * 2 * model.num_heads * model.head_dim * 4  # split-KV results, see pallas_kernels.paged_decode
     gathered = 0
     if attention == "reference":  # each row's whole cache, and the scores of every token against it

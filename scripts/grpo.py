@@ -165,13 +165,14 @@ def run(seed: int, options: argparse.Namespace, heads: list[str]) -> dict[str, A
         trainer.params, config=config, tokenizer=SHIPPED_MODEL, fuse_weights=True, dtype=options.dtype,
         max_num_seqs=options.prompts * options.group, kv_cache_memory_bytes=2**30,
     ) as llm:  # fmt: skip
-        rollout = Rollout(llm)
+        rollout, width = Rollout(llm), max(len(llm.encode(head)) for head in heads)  # one width: one program
         before = mean_reward(rollout, HELD_OUT, options.samples, judged)
         for _ in tqdm(range(options.steps), desc=f"seed {seed}"):
             chosen = [heads[i] for i in rng.integers(len(heads), size=options.prompts)]
             prompts = [head for head in chosen for _ in range(options.group)]
             drawn = rollout.generate(
-                prompts, RolloutConfig(options.new_tokens, temperature=1.0, seed=int(rng.integers(2**40)))
+                prompts,
+                RolloutConfig(options.new_tokens, 1.0, seed=int(rng.integers(2**40)), max_prompt_length=width),
             )
             rewards = np.array([reward(head, text) for head, text in zip(prompts, drawn.text, strict=True)])
             ratios.append(trainer.step(drawn, advantages(rewards, options.group)))

@@ -19,6 +19,7 @@ with LLM(model, **options) as llm:
     llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)
     llm._runner._compiler.shutdown()  # what it still compiles ahead is counted too
     print(json.dumps({
+        "failed": [repr(e) for future in llm._runner._compiling.values() if (e := future.exception())],
         "attention": llm._runner.attention,
         "programs": sorted({name for name, *_ in llm._runner._programs}),
         "pages": list(llm._runner.num_pages),
@@ -41,6 +42,7 @@ def start(model, cache, **options):
 def check_second_process_compiles_nothing(model, cache, attention, **options):
     first, second = (start(model, cache, attention=attention, **options) for _ in range(2))
     assert first["attention"] == attention
+    assert first["failed"] == second["failed"] == []
     assert {"mixed", "head", "decode", "write_slots"} <= set(first["programs"])
     assert first["misses"] > len(first["programs"]), first
     assert (second["programs"], second["pages"]) == (first["programs"], first["pages"]), (first, second)

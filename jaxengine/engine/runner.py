@@ -51,7 +51,6 @@ from jaxengine.step import (
 )
 
 logger = logging.getLogger(__name__)
-PROMPT_CHUNK = 128  # prompt tokens whose logits exist at a time
 SLOT_BATCH = 8  # slots written by one call
 COMPILERS = 2  # programs compiled beside one another: each takes memory of the device, see memory.compiling_bytes
 CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
@@ -86,6 +85,7 @@ class Runner:
         num_pages: Sequence[int],
         buckets: Buckets,
         max_model_len: int,
+        prompt_chunk: int,
         cache_dtype: str,
         attention: str,
         temporary_bytes: int,
@@ -96,7 +96,7 @@ class Runner:
         self.config, self.model, self.mesh, self.buckets = config, model, mesh, buckets
         self.groups, self.num_pages, self.cache_dtype = groups, num_pages, cache_dtype
         self.attention = cast(Implementation, attention)
-        self.max_model_len, self.temporary_bytes = max_model_len, temporary_bytes
+        self.max_model_len, self.prompt_chunk, self.temporary_bytes = max_model_len, prompt_chunk, temporary_bytes
         self.logprobs_mode = cast(Literal["raw", "processed"], config.logprobs_mode)
         self.layer_group = tuple(
             next(g for g, group in enumerate(groups) if i in group.layers) for i in range(model.num_layers)
@@ -202,7 +202,7 @@ class Runner:
         return Flight(arrays, spans)
 
     def _vocab_logprobs(self, hidden: jax.Array, start: int, end: int) -> np.ndarray:
-        chunk = min(PROMPT_CHUNK, hidden.shape[0])
+        chunk = min(self.prompt_chunk, hidden.shape[0])
         parts = []
         for first in range(start, end, chunk):
             first_row = min(first, hidden.shape[0] - chunk)
@@ -345,10 +345,10 @@ class Runner:
 
     def _prompt(self, tokens, leaves, hidden, asked, any_best):
         head, most = self.weights.module(leaves).head, self.config.max_logprobs
-        return prompt_logprobs(hidden, head, asked[0], asked[1], most, min(PROMPT_CHUNK, tokens), any_best)
+        return prompt_logprobs(hidden, head, asked[0], asked[1], most, min(self.prompt_chunk, tokens), any_best)
 
     def _prompt_vocab(self, tokens, leaves, hidden, first):
-        chunk = jax.lax.dynamic_slice_in_dim(hidden, first, min(PROMPT_CHUNK, tokens))
+        chunk = jax.lax.dynamic_slice_in_dim(hidden, first, min(self.prompt_chunk, tokens))
         return prompt_vocab_logprobs(chunk, self.weights.module(leaves).head)
 
     def _pool(self, bucket, leaves, hidden, rows):
