@@ -106,6 +106,11 @@ class ParamRule:
     def paths(self) -> tuple[str, ...]:
         return (self.to,) if isinstance(self.to, str) else tuple(self.to)
 
+    def __str__(self) -> str:
+        """The same in every process: the hook by its name."""
+        hook = None if self.hook is None else getattr(self.hook, "__qualname__", type(self.hook).__name__)
+        return f"{self.paths} {self.transpose} {self.reshape} {hook}"
+
 
 DTYPES = {"half": "float16", "float": "float32", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 

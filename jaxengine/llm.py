@@ -92,6 +92,7 @@ class LLM(TextMethods):
             "model": str(named) if isinstance(named, str | os.PathLike) else None, "revision": revision,
             "load_format": load_format, "tokenizer": None if tokenizer is None else str(tokenizer),
             "hf_overrides": dict(hf_overrides or {}), "generation_config": generation_config,
+            "param_mapping": {name: str(rule) for name, rule in (param_mapping or {}).items()},
         }  # fmt: skip
         from jaxengine import assembly  # jax and the model: not before the options are known to be good
 
@@ -103,6 +104,7 @@ class LLM(TextMethods):
         )  # fmt: skip
         self.config: EngineConfig = parts.config
         self.model_config: ModelConfig = parts.model
+        self.source["config"] = None if config is None else str(parts.model)
         self._tokenizer, self._sampling_defaults = parts.tokenizer, parts.sampling_defaults
         self.frontend: Frontend = parts.frontend
         self._runner, self._weights = parts.runner, parts.weights

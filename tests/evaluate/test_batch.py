@@ -10,6 +10,7 @@ import time
 import pytest
 
 from jaxengine import LLM
+from jaxengine.config import ParamRule
 from jaxengine.errors import ConfigError, EngineClosedError, UnsupportedError
 from jaxengine.evaluate.batch import BatchSummary, Stop
 from jaxengine.sharding import create_mesh
@@ -192,6 +193,10 @@ def test_runs_of_other_models_or_parameters_are_not_mixed(tmp_path):
         run([completion(1)], out, llm=shared_llm("windows"))
     with fresh_llm(seed=5) as llm, pytest.raises(ConfigError, match=r"engine\.seed was 0, now 5"):
         run([completion(1)], out, llm=llm)
+    named = r"source\.config was None, now .ModelConfig.*; source\.param_mapping\.a was None, now .*len"
+    with fresh_llm() as llm, pytest.raises(ConfigError, match=named):
+        llm.source |= {"config": str(llm.model_config), "param_mapping": {"a": str(ParamRule("b", hook=len))}}
+        run([completion(1)], out, llm=llm)
     assert out.read_bytes() == before
     with fresh_llm(max_num_seqs=8, enable_prefix_caching=False) as llm:  # these change no answer
         assert run([completion(1)], out, llm=llm).completed == 1
@@ -204,6 +209,7 @@ def test_parameters_in_memory_have_no_name_to_resume_by(tmp_path):
         with pytest.raises(UnsupportedError, match="parameters in memory have no name"):
             run([completion(0)], tmp_path / "out.jsonl", llm)
         summary, [record] = run([completion(0)], llm=llm)
+        assert llm.source["config"] == str(llm.model_config)
     assert summary.completed == 1 and record["custom_id"] == "id-0"
     assert not list(tmp_path.iterdir())
 
