@@ -2,12 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from numbers import Integral
+from typing import Any, get_args
 
 import numpy as np
 
 from jaxengine.errors import RequestError
 from jaxengine.request import Pooling, PoolingParams, RequestOutput
+
+
+def as_list(prompts: Any) -> list[Any]:
+    """Several prompts, of several or of one: a text, or the token ids of one."""
+    found = [prompts] if isinstance(prompts, str) else list(prompts)
+    return [found] if found and all(isinstance(token, Integral) for token in found) else found
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,15 @@ class Embedding:
 
     def request(self, ids: Sequence[int], max_model_len: int, truncate: bool) -> tuple[list[int], PoolingParams]:
         """Prompt and parameters for a text. truncate: one that is too long loses its last tokens, else it raises."""
+        if isinstance(ids, str) or not isinstance(ids, Sequence | np.ndarray):
+            raise RequestError(f"what is embedded is a text or a list of token ids, not {ids!r:.100}")
         if not len(ids):
             raise RequestError("a text without tokens has no hidden states to pool")
         if len(ids) > max_model_len and not truncate:
             raise RequestError(
                 f"a text of {len(ids)} tokens exceeds {max_model_len=}; truncate=True cuts its last tokens off"
             )
-        ids = list(ids[:max_model_len])
+        ids = np.asarray(ids[:max_model_len]).tolist()
         params = PoolingParams(
             max_tokens=0, temperature=0, prompt_logprobs=0, detokenize=False, pooling=self.pooling,
             prompt_logprobs_start=len(ids) if self.pooling == "last" else 0,

@@ -29,10 +29,13 @@ def rerank(
     top_n: int | None,
 ) -> list[RankedDocument]:
     """The documents, most relevant first; `score` is LLM.score. Raises RequestError."""
+    documents = documents if isinstance(documents, str) else list(documents)
     if isinstance(documents, str) or not all(isinstance(text, str) for text in (query, *documents)):
         raise RequestError(f"query={query!r:.100} must be a text, and documents={documents!r:.100} a list of texts")
-    if top_n is not None and top_n < 1:
-        raise RequestError(f"{top_n=} must be 1 or more")
+    if top_n is not None and (not isinstance(top_n, int) or top_n < 1):
+        raise RequestError(f"{top_n=} must be an integer, 1 or more")
+    if not isinstance(template, str):
+        raise RequestError(f"{template=} must be a text")
     if missing := [name for name in ("{query}", "{document}") if name not in template]:
         raise RequestError(f"{template=} has no {missing[0]}")
     if len(answers) != 2 or answers[0] == answers[1]:

@@ -34,7 +34,7 @@ class Score:
 
     @property
     def is_greedy(self) -> bool:
-        """Would greedy decoding have given just this continuation?"""
+        """Would greedy decoding have given just this continuation, or one as probable in each place?"""
         return bool(self.greedy.all())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxengine.config import ModelConfig
-from jaxengine.embedding import Embedding
+from jaxengine.embedding import Embedding, as_list
 from jaxengine.errors import RequestError
 from jaxengine.request import Pooling, SamplingParams
 from jaxengine.reranking import ANSWERS, TEMPLATE, RankedDocument, rerank
@@ -109,9 +109,9 @@ class TextMethods(ABC):
         use_tqdm: bool | Callable[..., Any] = True,
     ) -> np.ndarray:
         """Hidden states behind the model's last norm, pooled: float32 [len(prompts), dimensions], one row for a single
-        text.
+        text, or the token ids of one.
 
-        prompts: a text, or several texts or lists of token ids. pooling: the state of the "last" token, the "mean" of
+        prompts: a text, a list of token ids, or several of these. pooling: the state of the "last" token, the "mean" of
         all, or that of the first ("cls"). dimensions: the first ones alone, as Matryoshka models are made for; None:
         all. normalize: to length 1, after that. truncate: a text longer than max_model_len loses its last tokens;
         otherwise it raises. Raises RequestError, EngineError.
@@ -123,7 +123,7 @@ class TextMethods(ABC):
         (2, 256)
         """
         how = Embedding(self.model_config.hidden_size, pooling, normalize, dimensions)
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = as_list(prompts)
         ids = [self.encode(text, add_special_tokens) if isinstance(text, str) else text for text in prompts]
         rows = [how.request(row, self.max_model_len, truncate) for row in ids]  # type: ignore[arg-type]
         outputs = self.generate([ids for ids, _ in rows], [params for _, params in rows], use_tqdm=use_tqdm)
@@ -144,7 +144,7 @@ class TextMethods(ABC):
 
         template: the question, with {query} and {document} in it, as the model was trained to be asked; answers: the
         texts behind it that say yes and no. The relevance is P(yes) / (P(yes) + P(no)). top_n: only so many. how: goes
-        to `score`. Raises like `score`.
+        to `score`; its truncate=True cuts the template's beginning off. Raises like `score`.
         """
         return rerank(lambda pairs: self.score(pairs, **how), query, documents, template, answers, top_n)
 
@@ -158,8 +158,11 @@ class TextMethods(ABC):
         raise RequestError("an empty context needs a BOS or EOS token, and the tokenizer names none: give a context")
 
     def encode(self, text: str | Sequence[str], add_special_tokens: bool = True) -> list[int] | list[list[int]]:
-        """Token ids of a text, or of each text."""
+        """Token ids of a text, or of each text. Raises RequestError for half of a surrogate pair."""
         tokenizer = self.get_tokenizer()
-        if isinstance(text, str):
-            return tokenizer.encode(text, add_special_tokens)
-        return tokenizer.encode_batch(text, add_special_tokens)
+        try:
+            if isinstance(text, str):
+                return tokenizer.encode(text, add_special_tokens)
+            return tokenizer.encode_batch(text, add_special_tokens)
+        except TypeError as error:  # the tokenizer's word for it
+            raise RequestError(f"{text!r:.200} is not valid Unicode text") from error

@@ -118,6 +118,18 @@ def test_rankings_that_are_refused(options, message):
         shared_llm().rerank(**{"query": "q", "documents": ["a"], **options})
 
 
+def test_what_may_be_given():
+    llm = shared_llm()
+    ids = llm.encode("def f(x):")
+    [want] = llm.embed(["def f(x):"], use_tqdm=False)
+    for given in ("def f(x):", ids, np.array(ids), [ids], [np.array(ids)], (text for text in ["def f(x):"])):
+        np.testing.assert_allclose(llm.embed(given, use_tqdm=False), [want], atol=1e-5)
+    for given, message in (([None], "not None"), ([{"prompt": "a"}], "not {'prompt'"), ("\ud800", "not valid Unicode")):
+        with pytest.raises(RequestError, match=message):
+            llm.embed(given, use_tqdm=False)
+    assert len(llm.rerank("q", (text for text in "ab"), use_tqdm=False)) == 2
+
+
 # -- asyncio
 
 

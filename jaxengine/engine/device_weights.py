@@ -42,7 +42,9 @@ class DeviceWeights:
 
     def take(self, leaves: list[jax.Array], borrowed: bool) -> None:
         """Steps run on these from now on; the old ones are freed unless somebody else holds them."""
-        self.leaves, self._borrowed = leaves, leaves if borrowed else []
+        self.leaves = leaves
+        # Shard by shard: an array of several devices tells of its first shard only.
+        self._borrowed = [shard.data for leaf in leaves for shard in leaf.addressable_shards] if borrowed else []
 
     def drop(self) -> None:
         self.take([], borrowed=False)

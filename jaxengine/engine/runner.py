@@ -299,7 +299,7 @@ class Runner:
             model = self.weights.module(leaves)
             x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
             fields = sampling_fields(ints, floats, lengths)
-            drawn = sample(model.head(x, share=True), fields, mode, axis=self.weights.axis).tokens
+            drawn = self._known(sample(model.head(x, share=True), fields, mode, axis=self.weights.axis).tokens)
             return (cache, drawn), drawn
 
         start = cache, jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
@@ -337,11 +337,16 @@ class Runner:
         fields = sampling_fields(ints[slots], floats[slots], step["positions"], slots, rules)
         top = self.config.max_logprobs if mode == "everything" else 0
         drawn = sample(logits, fields, mode, top, self.logprobs_mode, whole_vocab, self.weights.axis if split else None)
+        drawn = drawn._replace(tokens=self._known(drawn.tokens))
         last_token = last_token.at[slots].set(drawn.tokens)
         if mode != "everything":
             return last_token, (), {"tokens": drawn.tokens}
         rules = rules._replace(counts=count_tokens(rules.counts, slots, drawn.tokens))
         return last_token, rules, drawn._asdict()
+
+    def _known(self, tokens):
+        """Of several devices padding may be drawn where all logits are NaN."""
+        return tokens if self.weights.axis is None else jnp.minimum(tokens, self.vocab_size - 1)
 
     def _prompt(self, tokens, leaves, hidden, asked, any_best):
         head, most = self.weights.module(leaves).head, self.config.max_logprobs

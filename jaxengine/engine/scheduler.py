@@ -291,6 +291,7 @@ class Scheduler:
             for pool, pages in zip(self.pools, shared, strict=True):
                 pool.release(pages)
             return 0
+        assert count > 0, sequence
         table, slot = self.slots, self.slots.free.pop()
         for own, pages in zip(table.pages, shared, strict=True):
             own[slot, :hit] = pages
@@ -314,7 +315,7 @@ class Scheduler:
         """How many leading pages lie in the cache, in every group that a next token would look at; how many may."""
         if not self._shares_pages(sequence):
             return 0, 0
-        limit = (sequence.num_tokens - 1) // self.page_size  # the last token must be computed: it has the logits
+        limit = (sequence.num_needed - 1) // self.page_size  # something must be left to compute: it has the logits
         self._hash(sequence, limit)
         if (position := sequence.next_prompt_logprob) is not None:
             limit = min(limit, (position - 1) // self.page_size)

@@ -64,9 +64,14 @@ def run_batch_replicas(
     if not isinstance(options.get("model"), str | os.PathLike | None):
         raise UnsupportedError("replicas load a model themselves: write parameters in memory as a checkpoint, and give "
                                "its folder as model")  # fmt: skip
+    if options.get("mesh") is not None:
+        raise UnsupportedError(
+            "mesh= names devices of this process, replicas have their own: use tensor_parallel_size="
+        )
     lines, stop = open_source(source, column, id_column, url), stop or Stop()
     with _cluster() as ray:
-        worker = ray.remote(_Worker).options(max_concurrency=CONCURRENT, num_cpus=1, num_gpus=_gpus(ray, replicas))
+        gpus = _gpus(ray, replicas, options.get("tensor_parallel_size", 1))
+        worker = ray.remote(_Worker).options(max_concurrency=CONCURRENT, num_cpus=1, num_gpus=gpus)
         loading = os.getcwd(), options, dict(defaults or {}), list_names(served_model_name)
         # Of a short file, the first one to load leaves the others their share.
         most = None if lines.total is None else ceil(lines.total / replicas) or 1
@@ -99,13 +104,13 @@ def _cluster() -> Iterator[Any]:
         ray.shutdown()
 
 
-def _gpus(ray: Any, count: int) -> int:
+def _gpus(ray: Any, count: int, each: int) -> int:
     """Of each replica. Raises ConfigError when the cluster is too small for them."""
     total = ray.cluster_resources()
     kind = "GPU" if total.get("GPU") else "CPU"
-    if total.get(kind, 0) < count:
-        raise ConfigError(f"replicas={count} need a {kind} each, and the Ray cluster has {total.get(kind, 0):g}")
-    return int(kind == "GPU")
+    if total.get(kind, 0) < count * each:
+        raise ConfigError(f"replicas={count} need {each} {kind} each, and the Ray cluster has {total.get(kind, 0):g}")
+    return each if kind == "GPU" else 0
 
 
 class _Worker:

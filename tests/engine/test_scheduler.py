@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from jaxengine.errors import ConfigError, RequestError
+from jaxengine.request import PoolingParams
 from tests.fakes import make_engine, make_request
 
 
@@ -229,3 +230,15 @@ def test_who_waits_for_pages_is_not_overtaken_by_a_newcomer():
     assert {"old": 1} in rows, "the long request had to wait"
     new = next(i for i, row in enumerate(rows) if "new" in row)
     assert sum(row.get("long", 0) for row in rows[:new]) == 48
+
+
+def test_a_prompt_whose_state_is_pooled_computes_something_though_all_its_pages_are_cached():
+    """As when it is admitted again behind a request with the same text: its last token is never computed."""
+    engine, ids = make_engine(), list(range(1, 17))  # four pages
+    run_steps(engine, [make_request("same", ids, max_tokens=1)])
+    pooled = make_request("pooled", [*ids, 1], max_tokens=0, prompt_logprobs=0)
+    pooled.params = PoolingParams(max_tokens=0, prompt_logprobs=0, detokenize=False, pooling="cls")
+    engine.add(pooled)
+    pooled.sequences[0].num_pooled = 1
+    first, *_ = run_steps(engine, [])
+    assert first == {"pooled": 4} and pooled.finished

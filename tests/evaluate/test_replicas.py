@@ -256,7 +256,7 @@ def test_a_killed_one_loses_nothing(ray, tmp_path, caplog):
 
 @starts_processes
 def test_more_replicas_than_processors(ray):
-    with pytest.raises(ConfigError, match="replicas=3 need a CPU each, and the Ray cluster has 2"):
+    with pytest.raises(ConfigError, match="replicas=3 need 1 CPU each, and the Ray cluster has 2"):
         replicas.run_batch_replicas([], print, replicas=3)
 
 

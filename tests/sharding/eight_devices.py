@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
+from jaxengine.errors import WeightsDeletedError
 from jaxengine.kv_cache import AXES
 from jaxengine.models import param_specs
 from jaxengine.sharding import create_mesh, gather, named_sharding, on_each_device
@@ -155,6 +156,28 @@ def check_padding(llm, devices):
     logits = np.asarray(jax.jit(split)(*arguments))
     assert logits.shape[1] == VOCAB + -VOCAB % devices
     assert np.isfinite(logits[:, :VOCAB]).all() and (logits[:, VOCAB:] == -np.inf).all()
+
+
+def test_logits_of_nan_draw_a_token_of_the_vocabulary():
+    broken = params("llama") | {"embed_tokens.embedding": params("llama")["embed_tokens.embedding"].copy()}
+    broken["embed_tokens.embedding"][7] = np.nan
+    greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, detokenize=False)
+    with LLM(broken, config=CONFIGS["llama"], tensor_parallel_size=2, **SMALL) as llm:
+        bad, good = (llm.generate([[prompt]], greedy, use_tqdm=False)[0].outputs[0] for prompt in (7, 8))
+        assert len(bad.token_ids) == len(good.token_ids) == 3 and max(bad.token_ids) < VOCAB
+
+
+def test_borrowed_parameters_that_only_a_later_device_shares_are_missed():
+    theirs = {path: jax.device_put(array, jax.devices()[1]) for path, array in params("llama").items()}
+    greedy = SamplingParams(temperature=0, max_tokens=2, detokenize=False)
+    with LLM(theirs, config=CONFIGS["llama"], tensor_parallel_size=2, **SMALL) as llm:
+        llm.generate([[5, 6]], greedy, use_tqdm=False)
+        for array in theirs.values():
+            array.delete()
+        with pytest.raises(WeightsDeletedError):
+            llm.generate([[5, 6]], greedy, use_tqdm=False)
+        llm.update_weights(params("llama"))
+        llm.generate([[5, 6]], greedy, use_tqdm=False)
 
 
 def test_a_mesh_of_ones_own():
