@@ -39,7 +39,7 @@ def fresh(programs, **options):
     return llm
 
 
-@pytest.mark.parametrize("fuse_weights", [False, True])
+@pytest.mark.parametrize("fuse_weights", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_each_level_gives_back_what_it_says(fuse_weights):
     sets = {which: weights(which) for which in "ab"}
     nothing = live_bytes()
