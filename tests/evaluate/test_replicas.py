@@ -235,6 +235,7 @@ def workers():
     return list(found)
 
 
+@pytest.mark.full
 @starts_processes
 def test_a_killed_one_loses_nothing(ray, tmp_path, caplog):
     lines = [completion(i, max_tokens=20, ignore_eos=True) for i in range(40)]
@@ -254,6 +255,7 @@ def test_a_killed_one_loses_nothing(ray, tmp_path, caplog):
     assert found == contents(run(lines)[1]) and found["bad"][1]["code"] == "invalid_request"
 
 
+@pytest.mark.full
 @starts_processes
 def test_more_replicas_than_processors(ray):
     with pytest.raises(ConfigError, match="replicas=3 need 1 CPU each, and the Ray cluster has 2"):
