@@ -16,6 +16,7 @@ import pallas_kernels as kernels
 from jaxengine.benchmark.device import matmul_rate, normal, read_rate, seconds
 from jaxengine.errors import UnsupportedError
 from pallas_kernels import paged_extend_mosaic as mosaic
+from pallas_kernels.paged_extend import MOSAIC_CARDS
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
 
 Result = dict[str, Any]
@@ -33,7 +34,6 @@ class Heads(NamedTuple):
 KNOWN_LIMITS = {"H200": (4.44e12, 790e12)}
 TOLERANCE = 0.03
 PAGE, BLOCK_Q, L2_BYTES = 16, 64, 60e6
-HOPPER = ("H100", "H200")
 OPS = 16  # in one program, at least
 LLAMA_8B = Heads(32, 8, 128)
 
@@ -189,7 +189,7 @@ def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
         "extend by Triton": partial(extend, tuning=ExtendTuning.from_shapes(q, k_pages, BLOCK_Q)),
         "cudnn": lambda tables: cudnn(q[None], dense[: len(tables)])[0],
     }
-    if any(card in jax.devices()[0].device_kind for card in HOPPER):
+    if any(card in jax.devices()[0].device_kind for card in MOSAIC_CARDS):
         calls["extend by Mosaic"] = partial(extend, tuning=mosaic.TuningConfig.from_shapes(q, k_pages))
     expected = calls["cudnn"](tables=tables[:1])
     flops = 2 * 2 * heads.query * heads.dim * tokens * (tokens + 1) / 2

@@ -15,6 +15,7 @@ import pallas_kernels as kernels
 from jaxengine.layers.activation import ACTIVATIONS, ERF
 from pallas_kernels import paged_extend_mosaic as mosaic
 from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
+from pallas_kernels.paged_extend import MOSAIC_CARDS
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
 from tests.pallas_kernels.cases import (
     Case,
@@ -69,7 +70,7 @@ WRITE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim")} | {
 WRITE = [Case(**choice) for choice in pairwise(WRITE_OPTIONS)]
 ROPE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim", "group")} | WRITE_OPTIONS
 ROPE = [Case(**choice) for choice in pairwise(ROPE_OPTIONS)]
-HOPPER = "H100" in KIND or "H200" in KIND
+HOPPER = any(card in KIND for card in MOSAIC_CARDS)
 BY_MOSAIC = [case for case in EXTEND if case.dtype != "float32" and case.head_dim in (64, 128, 256)]
 OPS = {"paged_decode": DECODE, "paged_extend": EXTEND, "paged_extend by Mosaic": BY_MOSAIC if HOPPER else []}
 OPS |= {"kv_write": WRITE, "rope_write": ROPE, "add_rms_norm": WRITE}
