@@ -197,6 +197,16 @@ def test_without_ray_an_error_says_what_to_install(monkeypatch):
         replicas.run_batch_replicas([], print, replicas=2)
 
 
+def test_each_has_the_gpus_of_its_mesh():
+    def cluster(**resources):
+        return SimpleNamespace(cluster_resources=lambda: resources)
+
+    assert replicas._gpus(cluster(CPU=8.0, GPU=4.0), 2, 2) == 2
+    assert replicas._gpus(cluster(CPU=8.0), 2, 2) == 0
+    with pytest.raises(ConfigError, match="replicas=3 need 2 GPU each, and the Ray cluster has 4"):
+        replicas._gpus(cluster(CPU=8.0, GPU=4.0), 3, 2)
+
+
 # -- with Ray
 
 # Ray forks to start its processes, of which jax warns where it runs already; they are others before they do anything.
