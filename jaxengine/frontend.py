@@ -96,7 +96,7 @@ class Frontend:
         )
 
     def _checked_ids(self, ids: Any, text: str | None, draws: bool) -> list[int]:
-        ids = [int(token) for token in ids]
+        ids = np.asarray(ids).tolist() if hasattr(ids, "dtype") else list(ids)
         if not ids:
             raise RequestError(f"prompt {text!r} has no tokens" if text is not None else "prompt_token_ids=[] is empty")
         low, high = min(ids), max(ids)
@@ -214,7 +214,7 @@ def _parse(prompt: Any) -> dict[str, Any]:
     if isinstance(prompt, str):
         prompt = {"prompt": prompt}
     elif not isinstance(prompt, Mapping) and is_token_ids(prompt):
-        prompt = {"prompt_token_ids": prompt}
+        return {"prompt": None, "prompt_token_ids": prompt, "cache_salt": None}
     if not isinstance(prompt, Mapping):
         raise RequestError(
             f"a prompt is a text, a list of token ids or a dict, not {type(prompt).__name__}: {prompt!r}"
@@ -238,5 +238,5 @@ def is_token_ids(value: Any) -> bool:
     if hasattr(value, "dtype"):
         return getattr(value, "ndim", 0) == 1 and value.dtype.kind in "iu"
     return isinstance(value, Sequence) and all(
-        isinstance(token, int) and not isinstance(token, bool) for token in value
+        issubclass(kind, int) and kind is not bool for kind in set(map(type, value))
     )
