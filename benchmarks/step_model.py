@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_model
 
-Rates of one H200 are this repository's own (README.md); the links' are NVIDIA's data sheets' (NVLink 4: 450 GB/s each way
-a GPU, of which an all-reduce of 1 GiB was seen to use 361 on 8; ConnectX-7: 50 GB/s each way a GPU), the times of small
+Rates of one H200 are this repository's own (README.md); the links' are NVIDIA's data sheets' (NVLink 4: 450 GB/s
+each way a GPU, of which an all-reduce of 1 GiB was seen to use 361 on 8; ConnectX-7: 50 GB/s each way a GPU), the times of small
 all-reduces are `benchmarks.collectives`' on two GPUs, and assumptions on more (see LATENCY).
 """
 
@@ -132,8 +132,9 @@ def main() -> None:
             prompt, prompt_links = prompt_seconds(model, place, 8192)
             name = f"TP {place.tensor}" + (f" x DP {place.data}" if place.data > 1 else "")
             name += f" x {place.stages} stages" if place.stages > 1 else ""
-            cells = [*(f"{whole * 1e3:.2f}" for whole, _, _ in times), f"{1024 / times[2][0]:,.0f}",
-                     f"{times[2][1] / times[2][0]:.0%}", f"{prompt * 1e3:.0f}", f"{prompt_links / prompt:.0%}"]  # fmt: skip
+            cells = [f"{whole * 1e3:.2f}" for whole, _, _ in times]
+            cells += [f"{1024 / times[2][0]:,.0f}", f"{times[2][1] / times[2][0]:.0%}"]
+            cells += [f"{prompt * 1e3:.0f}", f"{prompt_links / prompt:.0%}"]
             print(f"| {place.gpus} | {name} | " + " | ".join(cells) + " |")
 
 
