@@ -81,7 +81,7 @@ def time_steps(rows: int, steps: int, steps_in_flight: int = 1) -> dict[str, lis
     for i in range(rows):
         prompt = np.random.default_rng(i).integers(VOCAB, size=PROMPT + i % PAGE_SIZE).tolist()
         engine.add(Request(str(i), None, prompt, params, max_tokens=tokens, watched=False))
-    while engine.scheduler.num_waiting or any(len(step.rows) < rows for step in engine._steps):
+    while engine.metrics()["num_requests_waiting"] or any(len(step.rows) < rows for step in engine._steps):
         engine.step()
     clock = Clock()
     engine.scheduler.schedule = clock.timed("schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
