@@ -6,9 +6,10 @@ from functools import cache, partial
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
+from jaxengine.sharding import create_mesh
 from jaxengine.step import unpack
 from tests.sharding.eight_devices import COLLECTIVE, CONFIGS, SMALL, VOCAB, check_collectives, params
 from tests.tiny_llm import check_integrity, restrict
@@ -58,7 +59,7 @@ def check_it_happened(llm, steps):
     assert min(min(shard.num_preemptions, shard.prefix_hits) for shard in schedulers) > 0
     parts = [(step, np.split(step.packed, runner.shards)) for step in steps]
     rows = [[(unpack(s.kind, s.bucket, part)["lengths"] > 0).sum() for part in parts] for s, parts in parts]
-    assert sum(min(counts) > 0 for counts in rows) > len(steps) / 2, rows
+    assert sum(min(counts) > 0 for counts in rows) > len(steps) / 4, rows
     mixed = [(s.bucket, own) for s, own in parts if s.kind == "mixed"]
     chunks = [[unpack("mixed", bucket, part)["q_len"].max() for part in own] for bucket, own in mixed]
     assert (np.max(chunks, axis=0) > 1).all()
@@ -102,9 +103,9 @@ def check_places(llm, data, tensor):
     for array in jax.tree.leaves((runner._cache, runner._slots, runner._rules)):
         axis = 1 if array is runner._slots.tables else 0
         assert array.addressable_shards[0].data.shape[axis] * data == array.shape[axis]
-    for leaf in runner.weights.leaves:
-        copies = sum(shard.data.nbytes for shard in leaf.addressable_shards) / leaf.nbytes
-        assert copies == data * (1 if leaf.ndim == 2 else tensor) or copies == data * tensor
+    for leaf, spec in zip(runner.weights.leaves, runner.weights.specs, strict=True):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(create_mesh(tensor, data), spec), leaf.ndim)
+        assert leaf.addressable_shards[0].data.nbytes * (tensor if "tensor" in spec else 1) == leaf.nbytes
 
 
 def check_groups(llm, data, tensor):
