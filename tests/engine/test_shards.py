@@ -30,9 +30,10 @@ def computed(step):
 @pytest.mark.parametrize("flights", [0, 1, 2])
 def test_all_of_it_at_once_on_every_shard(flights):
     engine = make_engine(windows=(None, 6), pages=[14, 14], flights=flights, max_num_batched_tokens=8, shards=3)
-    extra = [{}, {"temperature": 1.0, "seed": 7}, {"logprobs": -1, "prompt_logprobs": -1}, {"repetition_penalty": 1.5}]
+    extra = [{}, {"temperature": 1.0, "seed": 7}, {"logprobs": -1, "prompt_logprobs": -1}, {"repetition_penalty": 1.5},
+             {"prompt_logprobs": 1}]  # fmt: skip
     requests = [
-        make_request(i, [*PREFIX[i % 3 :], i % 16], max_tokens=12, n=1 + i % 2, priority=i % 3, **extra[i % 4])
+        make_request(i, [*PREFIX[i % 3 :], i % 16], max_tokens=12, n=1 + i % 2, priority=i % 3, **extra[i % 5])
         for i in range(27)
     ]
     run(engine, [(i, request) for i, request in enumerate(requests)])
