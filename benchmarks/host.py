@@ -19,6 +19,7 @@ from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.sequence import Request
+from jaxengine.engine.shards import together
 from jaxengine.kv_cache import CacheGroup
 from jaxengine.request import SamplingParams
 from jaxengine.step import StepInputs, StepOutputs
@@ -60,28 +61,32 @@ class Clock:
         return run
 
 
-def make_engine(rows: int, length: int, steps_in_flight: int) -> Engine:
+def make_engine(rows: int, length: int, steps_in_flight: int, shards: int) -> Engine:
     pages = 1 + rows * -(-length // PAGE_SIZE)
     budget = max(4096, rows)
-    scheduler = Scheduler(
-        [CacheGroup((0,), None, 1, 8)], [pages], page_size=PAGE_SIZE, max_num_seqs=rows, max_num_batched_tokens=budget,
-        max_model_len=length,
-    )  # fmt: skip
+    schedulers = [
+        Scheduler(
+            [CacheGroup((0,), None, 1, 8)], [pages], page_size=PAGE_SIZE, max_num_seqs=rows,
+            max_num_batched_tokens=budget, max_model_len=length,
+        )
+        for _ in range(shards)
+    ]  # fmt: skip
     buckets = Buckets(bucket_sizes(1, rows, 32), bucket_sizes(64, budget, 512), 64, PAGE_SIZE, 1, rows)
     return Engine(
-        scheduler, NoDevice(rows), buckets, TextSink(None), vocab_size=VOCAB, steps_in_flight=steps_in_flight
+        together(schedulers), NoDevice(rows * shards), buckets, TextSink(None), vocab_size=VOCAB,
+        steps_in_flight=steps_in_flight,
     )  # fmt: skip
 
 
-def time_steps(rows: int, steps: int, steps_in_flight: int = 1) -> dict[str, list[float]]:
+def time_steps(rows: int, steps: int, steps_in_flight: int = 1, shards: int = 1) -> dict[str, list[float]]:
     """Milliseconds of each of so many decode steps, by part."""
     tokens = steps + 100  # more than are drawn while prompts are computed and steps are timed
-    engine = make_engine(rows, PROMPT + PAGE_SIZE + tokens, steps_in_flight)
+    engine = make_engine(rows, PROMPT + PAGE_SIZE + tokens, steps_in_flight, shards)
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    for i in range(rows):
+    for i in range(rows * shards):
         prompt = np.random.default_rng(i).integers(VOCAB, size=PROMPT + i % PAGE_SIZE).tolist()
         engine.add(Request(str(i), None, prompt, params, max_tokens=tokens, watched=False))
-    while engine.scheduler.num_waiting or any(len(step.rows) < rows for step in engine._steps):
+    while engine.metrics()["num_requests_waiting"] or any(len(step.rows) < rows * shards for step in engine._steps):
         engine.step()
     clock = Clock()
     engine.scheduler.schedule = clock.timed("schedule", engine.scheduler.schedule)  # type: ignore[method-assign]
@@ -106,13 +111,14 @@ def time_steps(rows: int, steps: int, steps_in_flight: int = 1) -> dict[str, lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=256, help="of each shard")
+    parser.add_argument("--shards", type=int, default=1, help="of a data axis")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--steps-in-flight", type=int, default=1)
     args = parser.parse_args()
 
-    times = time_steps(args.rows, args.steps, args.steps_in_flight)
-    print(f"{args.rows} rows, ms a step{'median':>10}{'mean':>8}{'worst':>8}")
+    times = time_steps(args.rows, args.steps, args.steps_in_flight, args.shards)
+    print(f"{args.shards} x {args.rows} rows, ms a step{'median':>10}{'mean':>8}{'worst':>8}")
     for name, values in times.items():
         print(f"{name:>20}{statistics.median(values):12.3f}{statistics.mean(values):8.3f}{max(values):8.3f}")
 

@@ -14,6 +14,7 @@ from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.runner import COMPILERS, Runner
 from jaxengine.engine.scheduler import Scheduler
+from jaxengine.engine.shards import together
 from jaxengine.errors import ConfigError
 from jaxengine.frontend import Frontend
 from jaxengine.kv_cache import cache_groups
@@ -21,7 +22,7 @@ from jaxengine.live_weights import LiveWeights
 from jaxengine.memory import Sizes, compiling_bytes, plan_pages, temporary_bytes
 from jaxengine.models import one_share
 from jaxengine.progress import counting_bar
-from jaxengine.sharding import create_mesh, one_axis
+from jaxengine.sharding import DATA, TENSOR, as_created, create_mesh
 from jaxengine.text import TextSink
 from jaxengine.tokenizer import Tokenizer
 from jaxengine.weights import Checkpoint, checkpoint_in_memory, open_checkpoint
@@ -82,8 +83,11 @@ def assemble(
         checkpoint = open_checkpoint(model, config=model_config, mapping=param_mapping, **source)
     else:
         checkpoint = checkpoint_in_memory(model, model_config, param_mapping)
-    mesh = create_mesh(config.tensor_parallel_size) if config.mesh is None else one_axis(config.mesh)
-    share = one_share(checkpoint.config, mesh.size)
+    if config.mesh is None:
+        mesh = create_mesh(config.tensor_parallel_size, config.data_parallel_size)
+    else:
+        mesh = as_created(config.mesh)
+    share = one_share(checkpoint.config, mesh.shape[TENSOR])
     device = mesh.devices.flat[0]
     if device.platform not in PLATFORMS:
         raise ConfigError(f"{device.platform=} is not one of {sorted(PLATFORMS)}")
@@ -99,7 +103,7 @@ def assemble(
     )
     words = _load_tokenizer(tokenizer, checkpoint, source.get("download_dir"))
     params, borrowed = _load_weights(checkpoint, config, mesh)
-    short = device.platform == "gpu" and sum(p.nbytes for p in params.values()) / mesh.size < SHORT_STEP_BYTES
+    short = device.platform == "gpu" and sum(p.nbytes for p in params.values()) / mesh.shape[TENSOR] < SHORT_STEP_BYTES
     steps = config.steps_per_call or (SHORT_STEPS if short else 1)
     config = replace(config, steps_per_call=steps)
     groups = cache_groups(share.windows, share.num_kv_heads, share.head_dim)
@@ -122,18 +126,21 @@ def assemble(
         max_model_len=sizes.max_model_len, prompt_chunk=sizes.prompt_chunk, cache_dtype=config.kv_cache_dtype,
         attention=config.attention, temporary_bytes=temporary, mesh=mesh, borrowed=borrowed,
     )  # fmt: skip
-    scheduler = Scheduler(
-        groups, num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs,
-        max_num_batched_tokens=sizes.max_num_batched_tokens, max_model_len=sizes.max_model_len,
-        enable_prefix_caching=config.enable_prefix_caching, priority_aging_steps=config.priority_aging_steps,
-        steps_per_call=steps,
-    )  # fmt: skip
+    schedulers = [
+        Scheduler(
+            groups, num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs,
+            max_num_batched_tokens=sizes.max_num_batched_tokens, max_model_len=sizes.max_model_len,
+            enable_prefix_caching=config.enable_prefix_caching, priority_aging_steps=config.priority_aging_steps,
+            steps_per_call=steps,
+        )
+        for _ in range(mesh.shape[DATA])
+    ]  # fmt: skip
     frontend = Frontend(
         words, vocab_size=checkpoint.config.vocab_size, max_model_len=sizes.max_model_len,
         max_logprobs=config.max_logprobs, eos_token_ids=checkpoint.config.eos_token_ids, seed=config.seed,
     )  # fmt: skip
     engine = Engine(
-        scheduler,
+        together(schedulers),
         runner,
         buckets,
         TextSink(words),

@@ -132,8 +132,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9  # share of the device's memory that weights, cache and temporaries may take
     kv_cache_memory_bytes: int | None = None  # of each device; overrides the plan
     enable_prefix_caching: bool = True
-    max_num_seqs: int | None = None  # rows in one step
-    max_num_batched_tokens: int | None = None  # tokens in one step
+    max_num_seqs: int | None = None  # rows in one step, of each shard of the data axis
+    max_num_batched_tokens: int | None = None  # tokens in one step, likewise
     steps_in_flight: int = 1  # calls that run on the device while the host schedules the next: 0, 1 or 2
     # Tokens that a call draws of each sequence when nobody waits to be admitted; what comes after a stop is dropped.
     steps_per_call: int | None = None  # None: 4 where submitting a step takes as long as the step, else 1
@@ -149,8 +149,8 @@ class EngineConfig:
     enforce_eager: bool = False  # compile each program when it is first needed; contradicts warmup=True
     warmup: bool = False  # compile every program before the first request
     tensor_parallel_size: int = 1  # devices over which each layer is split, the first ones there are
-    data_parallel_size: int = 1
-    mesh: Mesh | None = None  # the same with devices of one's own choice: those of its axis `tensor`
+    data_parallel_size: int = 1  # shards among which requests are divided, each with as many devices
+    mesh: Mesh | None = None  # the same with devices of one's own choice: those of its axes `data` and `tensor`
 
     def __post_init__(self):
         def check(name: str, ok: bool, want: str):
@@ -179,15 +179,13 @@ class EngineConfig:
             raise UnsupportedError(
                 f"quantization={self.quantization!r}: only unquantized weights are served; leave it None"
             )
-        size = self.tensor_parallel_size
-        check("tensor_parallel_size", _is_int(size) and size > 0, "a positive integer")
-        if self.mesh is not None:
-            check("tensor_parallel_size", size in (1, self.mesh.size), f"left out, or the {self.mesh.size} of the mesh")
-        if self.data_parallel_size != 1:
-            raise UnsupportedError(
-                f"data_parallel_size of {self.data_parallel_size}: an engine has no replicas; make one for each "
-                "group of devices, with mesh="
-            )
+        for axis in ("tensor", "data"):
+            name = f"{axis}_parallel_size"
+            size = getattr(self, name)
+            check(name, _is_int(size) and size > 0, "a positive integer")
+            if self.mesh is not None:
+                there = self.mesh.shape.get(axis, 1)
+                check(name, size in (1, there), f"left out, or the {there} of the mesh")
 
 
 def _is_int(value: Any) -> bool:

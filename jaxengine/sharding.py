@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxengine.errors import ConfigError, UnsupportedError
 
 TENSOR = "tensor"  # the mesh axis over which every layer is split
+DATA = "data"  # the mesh axis over which requests are, with their rows, slots and pages
 
 # Logical axis -> mesh axis. None: replicated. A mesh axis may appear once per array; collisions raise.
 RULES: dict[str, str | None] = {
@@ -22,9 +23,9 @@ RULES: dict[str, str | None] = {
     "mlp": "tensor",
     "hidden": None,
     "position": None,
-    "page": None,
+    "page": "data",
     "norm": None,
-    "rows": "data",
+    "rows": "data",  # of a step, or slots, or tokens
 }
 
 
@@ -60,17 +61,19 @@ def create_mesh(tensor: int = 1, data: int = 1, devices: Sequence[jax.Device] | 
     return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def one_axis(mesh: Mesh) -> Mesh:
-    """The devices of a mesh of which no axis but `tensor` has several, as `create_mesh` has them.
+def as_created(mesh: Mesh) -> Mesh:
+    """The devices of a mesh of which no axis but `data` and `tensor` has several, as `create_mesh` has them.
 
     Raises UnsupportedError for other meshes.
     """
-    if mesh.shape.get(TENSOR, 1) != mesh.size:
+    data, tensor = mesh.shape.get(DATA, 1), mesh.shape.get(TENSOR, 1)
+    if data * tensor != mesh.size:
         raise UnsupportedError(
-            f"mesh {dict(mesh.shape)}: only the axis {TENSOR!r} may have several devices, as in "
-            f'Mesh(devices, ("{TENSOR}",)); for replicas make an engine for each group of devices'
+            f"mesh {dict(mesh.shape)}: only the axes {DATA!r} and {TENSOR!r} may have several devices, as in "
+            f'Mesh(devices, ("{DATA}", "{TENSOR}"))'
         )
-    return create_mesh(mesh.size, devices=mesh.devices.flatten().tolist())
+    tensor_last = sorted(range(mesh.devices.ndim), key=lambda i: mesh.axis_names[i] == TENSOR)
+    return create_mesh(tensor, data, mesh.devices.transpose(tensor_last).flatten().tolist())
 
 
 @cache  # a fresh NamedSharding in each step defeats jit's fast dispatch path
@@ -85,20 +88,20 @@ def named_sharding(mesh: Mesh, axes: tuple[str | None, ...] = ()) -> NamedShardi
 
 
 def on_each_device(function: Callable, arguments: tuple, specs: tuple, out: Any, mesh: Mesh) -> tuple[Callable, tuple]:
-    """`function` as a program that each device runs on its share, and its arguments, which NumPy's are given whole.
+    """`function` as a program that each device runs on its share, and its arguments, NumPy's with their places.
 
     specs: of each argument, a PartitionSpec or a tree of them. out: the results' NamedShardings.
     """
 
-    def place(leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named_sharding(mesh))
+    def place(argument: Any, spec: Any) -> Any:
+        if not isinstance(argument, np.ndarray | np.generic):
+            return argument
+        return jax.ShapeDtypeStruct(argument.shape, argument.dtype, sharding=NamedSharding(mesh, spec))
 
     # check_vma cannot know that what follows a sum is the same on all devices.
     out_specs = jax.tree.map(lambda sharding: sharding.spec, out)
     sharded = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
-    return sharded, jax.tree.map(place, arguments)
+    return sharded, tuple(map(place, arguments, specs))
 
 
 # -- inside such a program, over an axis of the mesh; None: it runs on one device

@@ -1,5 +1,9 @@
 """The host-device contract: what one step uploads, and what it brings back.
 
+On a mesh with a data axis every array of a step is that of each shard, one after another, in the dimension of rows or
+tokens. Slots of `SlotWrite`, `LogitWrite`, `MaskWrite` and places of `PromptSpan` are counted through all shards;
+within the arrays they are the shard's own.
+
 All integers of a step travel as one packed int32 array. Its fields are declared once, below; a new field is one line.
 """
 
@@ -138,6 +142,8 @@ class StepInputs:
     pooled_rows: np.ndarray | None = None  # int32 [tokens]: the pooled span that a token belongs to, or -1
     prompt_spans: Sequence[PromptSpan] = ()  # what these two hold, row by row
     whole_vocab: bool = False  # log-probabilities of the whole vocabulary for each sampled row
+    # int [rows that sample]: which row of the programs' results is theirs, of several shards; None: the first ones
+    order: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.sequence import Request
+from jaxengine.engine.shards import together
 from jaxengine.kv_cache import CacheGroup
 from jaxengine.request import SamplingParams
 from jaxengine.step import StepInputs, StepOutputs, unpack
+from tests.fake_shards import join, share
 
 BITS = 2**61 - 1
 TOP = 4  # of max_logprobs
@@ -147,14 +149,16 @@ class FakeRunner:
     """Computes each step when it is submitted, in that order, and hands it over when asked.
 
     fail: step number -> "submit" or "result", where the device fails; poison: a token that fails each step.
+    Each shard of the data axis is a device of its own.
     """
 
-    def __init__(self, scheduler: Scheduler, buckets: Buckets, vocab: int, columns: int, fail=None, poison=None):
-        self.groups, self.num_pages, self.page_size = scheduler.groups, scheduler.num_pages, scheduler.page_size
-        self.buckets, self.vocab, self.columns = buckets, vocab, columns
+    def __init__(self, schedulers: Sequence[Scheduler], buckets: Buckets, vocab: int, columns: int, fail, poison):
+        one = schedulers[0]
+        self.groups, self.num_pages, self.page_size = one.groups, one.num_pages, one.page_size
+        self.shards, self.buckets, self.vocab, self.columns = len(schedulers), buckets, vocab, columns
         self.fail, self.poison = fail or {}, poison
         self.fail_resets = 0
-        self.steps = self.resets = self.max_flying = self.computed = self.chunks = self.failures = self.most_steps = 0
+        self.steps = self.resets = self.max_flying = self.chunks = self.failures = self.most_steps = 0
         self.kinds: set[tuple] = set()
         self.weights = 0
         self.reset()
@@ -165,13 +169,7 @@ class FakeRunner:
             raise DeviceError("no reset")
         self.resets += 1
         self.flying: list[FakeFlight] = []
-        slots = self.buckets.max_num_seqs + 1
-        self.tables = np.full((len(self.groups), slots, self.columns), -7)
-        self.tables[:, -1] = 0
-        self.last_token = np.full(slots, -7)
-        self.slots: list[SimpleNamespace | None] = [None] * slots
-        shape = (self.page_size, 3)  # token, position, state
-        self.pools = [np.full((count, *shape), -1, np.int64) for count in self.num_pages]
+        self.devices = [FakeDevice(self) for _ in range(self.shards)]
         self.dead = False
 
     def submit(self, inputs: StepInputs) -> FakeFlight:
@@ -194,10 +192,37 @@ class FakeRunner:
         self.max_flying = max(self.max_flying, len(self.flying))
         return flight
 
-    # -- one step
-
     def _run(self, inputs: StepInputs) -> StepOutputs | None:
         self.kinds.add((inputs.kind, inputs.mode))
+        if self.shards == 1:
+            assert inputs.order is None
+            return self.devices[0].run(inputs)
+        parts = [share(inputs, shard, self.shards, self.buckets.max_num_seqs) for shard in range(self.shards)]
+        outputs = [device.run(part) for device, part in zip(self.devices, parts, strict=True)]
+        return None if None in outputs else join(inputs, outputs)
+
+    @property
+    def computed(self) -> int:
+        """Tokens since the last reset."""
+        return sum(device.computed for device in self.devices)
+
+
+class FakeDevice:
+    """What one device keeps, and its part of a step."""
+
+    def __init__(self, runner: FakeRunner):
+        self.runner, self.groups, self.page_size = runner, runner.groups, runner.page_size
+        self.buckets, self.vocab, self.poison = runner.buckets, runner.vocab, runner.poison
+        slots = self.buckets.max_num_seqs + 1
+        self.tables = np.full((len(self.groups), slots, runner.columns), -7)
+        self.tables[:, -1] = 0
+        self.last_token = np.full(slots, -7)
+        self.slots: list[SimpleNamespace | None] = [None] * slots
+        shape = (self.page_size, 3)  # token, position, state
+        self.pools = [np.full((count, *shape), -1, np.int64) for count in runner.num_pages]
+        self.computed = 0
+
+    def run(self, inputs: StepInputs) -> StepOutputs | None:
         for write in inputs.slot_writes:
             for table, pages in zip(self.tables, write.pages, strict=True):
                 table[write.slot] = 0
@@ -235,7 +260,7 @@ class FakeRunner:
     def _decode(self, inputs: StepInputs, rows, tokens: list[int], counts: list[int]) -> StepOutputs | None:
         steps = inputs.bucket.steps
         assert all(1 <= count <= steps for count in counts[: len(rows)]) and not any(counts[len(rows) :])
-        self.most_steps = max(self.most_steps, *counts)
+        self.runner.most_steps = max(self.runner.most_steps, *counts)
         drawn = np.full((len(rows), steps), -9, np.int32)
         for number in range(steps):
             active = [i for i, count in enumerate(counts[: len(rows)]) if number < count]
@@ -276,7 +301,7 @@ class FakeRunner:
                 assert step["token_row"][first : first + n].tolist() == [i] * n
                 assert step["positions"][first : first + n].tolist() == list(range(start, start + n))
                 if n > 1:
-                    self.chunks += 1
+                    self.runner.chunks += 1
                     blocks += [(first - start - b, i, b) for b in range(first, first + n, size)]
             total = sum(n for *_, n in rows)
             assert (step["token_row"][total:] == -1).all()
@@ -289,7 +314,7 @@ class FakeRunner:
             own = tokens[first : first + n]
             known += [self.last_token[slot] if token < 0 else token for token in own]
             assert n == 1 or min(own) >= 0
-        assert min(known) >= 0, "a last token that was never drawn"
+        assert min(known, default=0) >= 0, "a last token that was never drawn"
         return rows, [int(token) for token in known]
 
     def _compute(self, rows, tokens: list[int]) -> list[int]:
@@ -308,9 +333,9 @@ class FakeRunner:
                 own = tokens[first : first + n]
                 before = int(earlier[-1, 2]) if len(earlier) else 0
                 if group.window == 1:
-                    states = [next_states(0, [token], start + i, self.weights)[0] for i, token in enumerate(own)]
+                    states = [next_states(0, [token], start + i, self.runner.weights)[0] for i, token in enumerate(own)]
                 else:
-                    states = next_states(before, own, start, self.weights)
+                    states = next_states(before, own, start, self.runner.weights)
                 entries = np.stack([own, positions[start - begin :], states], axis=1)
                 pool[pages[start - begin :], positions[start - begin :] % size] = entries
                 visible = earlier[:, 2].tolist() + states
@@ -346,7 +371,7 @@ class FakeRunner:
             extra = dict(zip(("logprob", "rank", "top_ids", "top_logprobs"),
                              self._logprobs([x for *_, x in sampled], tokens)))  # fmt: skip
             if inputs.whole_vocab:
-                extra["vocab_logprobs"] = np.stack([distribution(x, self.vocab) for *_, x in sampled])
+                extra["vocab_logprobs"] = self._distributions(x for *_, x in sampled)
         prompt, spans = None, []
         if inputs.prompt_asked is not None:
             places, targets = inputs.prompt_asked.tolist()
@@ -359,9 +384,12 @@ class FakeRunner:
             ]
         return StepOutputs(np.array(tokens, np.int32)[:, None], **extra, prompt=prompt, prompt_vocab=tuple(spans))
 
+    def _distributions(self, hiddens) -> np.ndarray:
+        return np.array([distribution(x, self.vocab) for x in hiddens], np.float32).reshape(-1, self.vocab)
+
     def _logprobs(self, hiddens, tokens) -> tuple[np.ndarray, ...]:
         """Of each token, its rank, and the best `TOP`; not more of them than tests look at are right."""
-        rows = np.stack([distribution(x, self.vocab) for x in hiddens])
+        rows = self._distributions(hiddens)
         own = rows[np.arange(len(rows)), tokens]
         best = np.argsort(-rows, axis=1, kind="stable")[:, :TOP].astype(np.int32)
         return own, (rows > own[:, None]).sum(1).astype(np.int32) + 1, best, np.take_along_axis(rows, best, 1)
@@ -401,24 +429,30 @@ def groups_of(windows: Sequence[int | None]) -> list[CacheGroup]:
 
 def make_engine(
     *, windows=(None,), pages=40, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, flights=1, vocab=16,
-    columns=64, block_q=4, steps_per_call=1, fail=None, poison=None, **options,
+    columns=64, block_q=4, steps_per_call=1, fail=None, poison=None, shards=1, **options,
 ) -> Engine:  # fmt: skip
-    """An engine on a fake device. pages: of each group, or one number for all of them, the null page not counted."""
+    """An engine on a fake device. pages: of each group, or one number for all of them, the null page not counted.
+
+    With several `shards` sizes are of each of them.
+    """
     counts = [pages] * len(windows) if isinstance(pages, int) else pages
-    scheduler = Scheduler(
-        groups_of(windows), [count + 1 for count in counts], page_size=page_size, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, max_model_len=columns * page_size, steps_per_call=steps_per_call,
-        **options,
-    )  # fmt: skip
+    schedulers = [
+        Scheduler(
+            groups_of(windows), [count + 1 for count in counts], page_size=page_size, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, max_model_len=columns * page_size,
+            steps_per_call=steps_per_call, **options,
+        )
+        for _ in range(shards)
+    ]  # fmt: skip
     buckets = Buckets(
         rows=bucket_sizes(1, max_num_seqs, 8),
         tokens=bucket_sizes(min(4, max_num_batched_tokens), max_num_batched_tokens, 16),
         block_q=block_q, page_size=page_size, groups=len(windows), max_num_seqs=max_num_seqs,
         steps=(1, steps_per_call),
     )  # fmt: skip
-    runner = FakeRunner(scheduler, buckets, vocab, columns, fail, poison)
+    runner = FakeRunner(schedulers, buckets, vocab, columns, fail, poison)
     return Engine(
-        scheduler, runner, buckets, FakeSink(), vocab_size=vocab, steps_in_flight=flights,
+        together(schedulers), runner, buckets, FakeSink(), vocab_size=vocab, steps_in_flight=flights,
         is_device_error=lambda error: isinstance(error, DeviceError),
     )  # fmt: skip
 

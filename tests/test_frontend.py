@@ -102,7 +102,7 @@ def test_a_request_that_outgrows_the_pool():
         ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code"),
         ({"tensor_parallel_size": 2}, ConfigError, "needs 2 devices, there are 1"),
         ({"tensor_parallel_size": 0}, ConfigError, "tensor_parallel_size=0 must be a positive integer"),
-        ({"data_parallel_size": 2}, UnsupportedError, "data_parallel_size of 2"),
+        ({"data_parallel_size": 2}, ConfigError, "needs 2 devices, there are 1"),
         ({"quantization": "fp8"}, UnsupportedError, "quantization='fp8'"),
         ({"max_modellen": 5}, ConfigError, "max_modellen"),
         ({"generation_config": "vllm"}, ConfigError, "generation_config='vllm'"),

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxengine import LLM
 from jaxengine.engine.scheduler import Scheduler
+from jaxengine.engine.shards import together
 from tests.references import tiny
 from tests.vocabularies import byte_level
 
@@ -106,17 +107,21 @@ def fresh_llm(kind="llama", pages=None, max_num_batched_tokens=None, **options):
 
 
 def restrict(llm, pages=None, max_num_batched_tokens=None):
-    """Gives an engine a new scheduler, which may use fewer pages of each group, and fewer tokens in a step."""
-    llm._loop._engine.scheduler = Scheduler(
-        llm._runner.groups,
-        [pages or count for count in llm._runner.num_pages],
-        page_size=llm.config.page_size,
-        max_num_seqs=llm.config.max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens or llm.config.max_num_batched_tokens,
-        max_model_len=llm.config.max_model_len,
-        enable_prefix_caching=llm.config.enable_prefix_caching,
-        priority_aging_steps=llm.config.priority_aging_steps,
-    )
+    """Gives an engine new schedulers, which may use fewer pages of each group, and fewer tokens in a step."""
+    schedulers = [
+        Scheduler(
+            llm._runner.groups,
+            [pages or count for count in llm._runner.num_pages],
+            page_size=llm.config.page_size,
+            max_num_seqs=llm.config.max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens or llm.config.max_num_batched_tokens,
+            max_model_len=llm.config.max_model_len,
+            enable_prefix_caching=llm.config.enable_prefix_caching,
+            priority_aging_steps=llm.config.priority_aging_steps,
+        )
+        for _ in range(llm._runner.shards)
+    ]
+    llm._loop._engine.scheduler = together(schedulers)
 
 
 def check_integrity(llm):

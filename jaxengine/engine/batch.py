@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class Buckets:
     block_q: int  # query tokens in a block of the extend kernel
     page_size: int
     groups: int
-    max_num_seqs: int
+    max_num_seqs: int  # slots of a shard
     steps: tuple[int, ...] = (1,)
 
     def decode(self, rows: int, steps: int = 1) -> Bucket:
@@ -54,12 +54,13 @@ def build_batch(rows: Rows, table: SlotTable, buckets: Buckets, vocab_size: int)
     """The step's inputs, and its rows in the order in which the outputs come: rows of one token first."""
     longest = rows.count.max()
     if longest > 1:
-        rows = rows[np.argsort(rows.count > 1, kind="stable")]
+        rows = rows[np.argsort(rows.slots // buckets.max_num_seqs * 2 + (rows.count > 1), kind="stable")]
     sampling = rows.slots[rows.samples]
     mode = MODES[table.mode[sampling].max(initial=0)]
-    prompt_spans = _prompt_spans(rows, table)
+    parts = table.split(rows)
+    spans = [_prompt_spans(*part) for part in parts]
     singles = longest == 1 or rows.steps > 1
-    decode = len(sampling) == len(rows) and singles and mode != "everything" and not prompt_spans
+    decode = len(sampling) == len(rows) and singles and mode != "everything" and not any(spans)
     fresh, edits = (table.uploaded == 0)[rows.slots], table.edits_logits[rows.slots]
     writes: dict[str, Any] = {
         "slot_writes": [_slot_write(table, slot) for slot in rows.slots[fresh].tolist()],
@@ -67,19 +68,53 @@ def build_batch(rows: Rows, table: SlotTable, buckets: Buckets, vocab_size: int)
         "mask_writes": _mask_writes(rows.slots[rows.samples & edits & ~fresh].tolist(), table, vocab_size),
     }
     if decode:
-        bucket = buckets.decode(len(rows), rows.steps)
-        return rows, StepInputs("decode", bucket, _pack_decode(rows, table, bucket, buckets), mode, **writes)
-    bucket = buckets.mixed(int(rows.count.sum()))
-    packed = _pack_mixed(rows, table, bucket, buckets)
-    head = buckets.head(len(sampling)) if len(sampling) else None
+        bucket = buckets.decode(max(len(own) for own, _ in parts), rows.steps)
+        packed = _join([_pack_decode(*part, bucket, buckets) for part in parts])
+        return rows, StepInputs("decode", bucket, packed, mode, **writes, order=_order(parts, bucket))
+    bucket = buckets.mixed(max(int(own.count.sum()) for own, _ in parts))
+    packed = _join([_pack_mixed(*part, bucket, buckets) for part in parts])
+    head = buckets.head(max(int(own.samples.sum()) for own, _ in parts)) if len(sampling) else None
+    if any(span.pooled for own in spans for span in own):
+        writes["pooled_rows"] = _join([_pooled_rows(own, bucket) for own in spans])
+    if any(not span.pooled for own in spans for span in own):
+        asked = [_prompt_asked(own, part, bucket) for own, (_, part) in zip(spans, parts, strict=True)]
+        writes["prompt_asked"] = _join(asked)
     return rows, StepInputs(
-        "mixed", bucket, packed, mode, head, _pack_head(rows, head, buckets.max_num_seqs) if head else None,
-        prompt_asked=_prompt_asked([s for s in prompt_spans if not s.pooled], table, bucket),
-        pooled_rows=_pooled_rows([s for s in prompt_spans if s.pooled], bucket),
-        prompt_spans=prompt_spans,
+        "mixed", bucket, packed, mode, head,
+        _join([_pack_head(own, head, buckets.max_num_seqs) for own, _ in parts]) if head else None,
+        prompt_spans=_through_shards(spans, bucket, buckets.max_num_seqs),
         whole_vocab=mode == "everything" and any(s.params.logprobs == -1 for s in table.sequence[sampling]),
+        order=_order(parts, head) if head else None,
         **writes,
     )  # fmt: skip
+
+
+def _join(parts: Seq[np.ndarray]) -> np.ndarray:
+    """The arrays of all shards, one after another in the last dimension."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
+def _order(parts: Seq[tuple[Rows, SlotTable]], bucket: Bucket) -> np.ndarray | None:
+    if len(parts) == 1:
+        return None
+    first, count = np.arange(len(parts)) * bucket.rows, [np.count_nonzero(own.samples) for own, _ in parts]
+    return spread(first, np.array(count))[0]
+
+
+def _through_shards(spans: Seq[Seq[PromptSpan]], bucket: Bucket, slots: int) -> list[PromptSpan]:
+    """All spans, their places counted through all shards."""
+    if len(spans) == 1:
+        return list(spans[0])
+    return [
+        replace(
+            span,
+            slot=span.slot + shard * slots,
+            token=span.token + shard * bucket.tokens,
+            begin=span.begin + shard * (bucket.rows if span.pooled else bucket.tokens),
+        )
+        for shard, own in enumerate(spans)
+        for span in own
+    ]
 
 
 def _pack_decode(rows: Rows, table: SlotTable, bucket: Bucket, buckets: Buckets) -> np.ndarray:
@@ -208,21 +243,20 @@ def _prompt_spans(rows: Rows, table: SlotTable) -> list[PromptSpan]:
     return spans
 
 
-def _pooled_rows(spans: Seq[PromptSpan], bucket: Bucket) -> np.ndarray | None:
-    if not spans:
-        return None
+def _pooled_rows(spans: Seq[PromptSpan], bucket: Bucket) -> np.ndarray:
     rows = np.full(bucket.tokens, -1, np.int32)
     for span in spans:
-        rows[span.token : span.token + span.count] = span.begin
+        if span.pooled:
+            rows[span.token : span.token + span.count] = span.begin
     return rows
 
 
-def _prompt_asked(spans: Seq[PromptSpan], table: SlotTable, bucket: Bucket) -> np.ndarray | None:
-    if not spans:
-        return None
+def _prompt_asked(spans: Seq[PromptSpan], table: SlotTable, bucket: Bucket) -> np.ndarray:
     asked = np.zeros((2, bucket.tokens), np.int32)
     asked[0] = -1
     for span in spans:
+        if span.pooled:
+            continue
         columns = slice(span.begin, span.begin + span.count)
         asked[0, columns] = np.arange(span.token, span.token + span.count)
         asked[1, columns] = table.tokens[span.slot, span.position + 1 : span.position + 1 + span.count]

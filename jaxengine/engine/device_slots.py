@@ -1,4 +1,7 @@
-"""What the device keeps of each slot from step to step, and how it is written. The last slot is for padding."""
+"""What the device keeps of each slot from step to step, and how it is written. The last slot is for padding.
+
+Programs see one shard of the data axis; each shard has a last slot of its own.
+"""
 
 import dataclasses
 from typing import NamedTuple
@@ -41,7 +44,7 @@ def write_slots(
 
 
 def write_mask(mask, slot, new_mask) -> jax.Array:
-    return mask.at[slot].set(new_mask)
+    return mask.at[slot[0]].set(new_mask)
 
 
 def write_rules(rules: LogitRules, sizes, tokens, mask, bias_ids, bias_values) -> LogitRules:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxengine.engine.batch import Buckets, build_batch
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.sequence import Request, Sequence
+from jaxengine.engine.shards import Shards
 from jaxengine.engine.slots import Rows
 from jaxengine.engine.updates import PendingUpdate, turn_over
 from jaxengine.errors import EngineError, RequestError, WeightsDeletedError
@@ -58,7 +59,7 @@ class Engine:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Scheduler | Shards,
         runner: Runner,
         buckets: Buckets,
         sink: TextSink,
@@ -283,15 +284,15 @@ class Engine:
 
     def metrics(self) -> dict[str, Any]:
         """The present state and counts since the start, by the names that Prometheus shows."""
-        scheduler = self.scheduler
+        shards = self.scheduler.shards
         return {
-            "num_requests_running": len(scheduler.running),
-            "num_requests_waiting": scheduler.num_waiting,
-            "kv_cache_usage_perc": max(pool.usage for pool in scheduler.pools),
-            "weight_version": scheduler.weight_version,
-            "prefix_cache_queries": scheduler.prefix_queries,
-            "prefix_cache_hits": scheduler.prefix_hits,
-            "num_preemptions": scheduler.num_preemptions,
+            "num_requests_running": sum(len(shard.running) for shard in shards),
+            "num_requests_waiting": sum(shard.num_waiting for shard in shards),
+            "kv_cache_usage_perc": max(pool.usage for shard in shards for pool in shard.pools),
+            "weight_version": self.scheduler.weight_version,
+            "prefix_cache_queries": sum(shard.prefix_queries for shard in shards),
+            "prefix_cache_hits": sum(shard.prefix_hits for shard in shards),
+            "num_preemptions": sum(shard.num_preemptions for shard in shards),
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
             "request_success": dict(self.ended),

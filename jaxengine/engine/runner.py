@@ -37,7 +37,7 @@ from jaxengine.sampling import (
     prompt_vocab_logprobs,
     sample,
 )
-from jaxengine.sharding import named_sharding, on_each_device
+from jaxengine.sharding import DATA, named_sharding, on_each_device
 from jaxengine.step import (
     MODES,
     SLOT_FLOATS,
@@ -59,14 +59,16 @@ CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are s
 class Flight:
     """A step on its way: results are being copied to the host while others are computed."""
 
-    def __init__(self, arrays: Mapping[str, Any], prompt_vocab: Sequence[np.ndarray]):
-        self._arrays, self._prompt_vocab = arrays, prompt_vocab
+    def __init__(self, arrays: Mapping[str, Any], prompt_vocab: Sequence[np.ndarray], order: np.ndarray | None):
+        self._arrays, self._prompt_vocab, self._order = arrays, prompt_vocab, order
         for array in jax.tree.leaves(arrays):
             array.copy_to_host_async()
 
     def result(self) -> StepOutputs:
         """Waits for the device. Raises what the device raised."""
         host: dict[str, Any] = jax.tree.map(np.asarray, dict(self._arrays))
+        if self._order is not None:
+            host |= {name: host[name][self._order] for name in host.keys() - {"prompt", "pooled"}}
         tokens = host.pop("tokens", np.zeros(0, np.int32))
         tokens = tokens if tokens.ndim == 2 else tokens[:, None]
         return StepOutputs(tokens, **host, prompt_vocab=self._prompt_vocab)
@@ -102,7 +104,7 @@ class Runner:
             next(g for g, group in enumerate(groups) if i in group.layers) for i in range(model.num_layers)
         )
         self.weights = DeviceWeights(model, params, max_model_len, mesh, borrowed)
-        self.vocab_size = model.vocab_size
+        self.vocab_size, self.shards = model.vocab_size, mesh.shape[DATA]
         self._programs: dict[tuple, Any] = {}
         self._compiling: dict[tuple, Future] = {}
         self._compiler = ThreadPoolExecutor(COMPILERS, thread_name_prefix="jaxengine-compile")
@@ -112,16 +114,16 @@ class Runner:
     def reset(self) -> None:
         """Fresh, empty device state: after a failure the donated arrays are gone."""
         self.sleep(1)  # freed first: twice as much may not fit
-        replicated = named_sharding(self.mesh)
-        slots, columns = self.buckets.max_num_seqs + 1, -(-self.max_model_len // self.config.page_size)
+        slots = self.shards * (self.buckets.max_num_seqs + 1)
+        columns = -(-self.max_model_len // self.config.page_size)
 
-        def array(shape, dtype, fill=0):
-            return jnp.full(shape, fill, dtype, device=replicated)
+        def array(shape, dtype, fill=0, axes=("rows",)):
+            return jnp.full(shape, fill, dtype, device=named_sharding(self.mesh, axes))
 
         self._cache = create_cache(self.groups, self.num_pages, self.config.page_size, self.cache_dtype, self.mesh)
         self._slots = Slots(
             array((slots,), jnp.int32),
-            array((len(self.groups), slots, columns), jnp.int32),
+            array((len(self.groups), slots, columns), jnp.int32, axes=(None, "rows")),
             array((slots, len(SLOT_INTS)), jnp.int32),
             array((slots, len(SLOT_FLOATS)), jnp.float32),
         )
@@ -165,7 +167,7 @@ class Runner:
         for write in inputs.logit_writes:
             self._write_rules(write)
         for new in inputs.mask_writes:
-            mask = self._run("write_mask", (), self._rules.mask, np.int32(new.slot), new.mask)
+            mask = self._run("write_mask", (), self._rules.mask, self._own_slots(new.slot), new.mask)
             self._rules = self._rules._replace(mask=mask)
         if inputs.kind == "decode":
             key = (inputs.bucket, inputs.mode)
@@ -173,7 +175,7 @@ class Runner:
                 "decode", key, self.weights.leaves, self._cache, *self._slots, inputs.packed
             )
             self._slots = self._slots._replace(last_token=last, tables=tables)
-            return Flight({"tokens": tokens}, ())
+            return Flight({"tokens": tokens}, (), inputs.order)
         return self._submit_mixed(inputs)
 
     def _submit_mixed(self, inputs: StepInputs) -> Flight:
@@ -199,29 +201,41 @@ class Runner:
             spans = [self._vocab_logprobs(hidden, *span) for span in whole]
         if inputs.pooled_rows is not None:
             arrays = {**arrays, "pooled": self._run("pool", (inputs.bucket,), leaves, hidden, inputs.pooled_rows)}
-        return Flight(arrays, spans)
+        return Flight(arrays, spans, inputs.order)
 
     def _vocab_logprobs(self, hidden: jax.Array, start: int, end: int) -> np.ndarray:
-        chunk = min(self.prompt_chunk, hidden.shape[0])
+        tokens = hidden.shape[0] // self.shards
+        chunk, (shard, start) = min(self.prompt_chunk, tokens), divmod(start, tokens)
+        end -= shard * tokens
         parts = []
         for first in range(start, end, chunk):
-            first_row = min(first, hidden.shape[0] - chunk)
-            part = self._run("prompt_vocab", hidden.shape[:1], self.weights.leaves, hidden, np.int32(first_row))
-            parts.append(np.asarray(part)[first - first_row : min(end, first + chunk) - first_row])
+            first_row = min(first, tokens - chunk)
+            part = self._run("prompt_vocab", (tokens,), self.weights.leaves, hidden, np.int32(first_row))
+            rows = np.asarray(part)[shard * chunk :]  # other shards computed the same places, for nobody
+            parts.append(rows[first - first_row : min(end, first + chunk) - first_row])
         return np.concatenate(parts)
 
+    def _own_slots(self, slot: int) -> np.ndarray:
+        """What each shard writes to where one of them writes to this slot: the others to their null slot."""
+        slots = np.full(self.shards, self.buckets.max_num_seqs, np.int32)
+        shard, own = divmod(slot, self.buckets.max_num_seqs)
+        slots[shard] = own
+        return slots
+
     def _write_slots(self, writes: Sequence[SlotWrite]) -> None:
-        columns = self._slots.tables.shape[2]
-        for i in range(0, len(writes), SLOT_BATCH):
-            batch = writes[i : i + SLOT_BATCH]
-            slots = np.full(SLOT_BATCH, self.buckets.max_num_seqs, np.int32)
-            ints = np.zeros((SLOT_BATCH, len(SLOT_INTS)), np.int32)
-            floats = np.zeros((SLOT_BATCH, len(SLOT_FLOATS)), np.float32)
-            tables = np.zeros((len(self.groups), SLOT_BATCH, columns), np.int32)
-            for j, write in enumerate(batch):
-                slots[j], ints[j], floats[j] = write.slot, write.ints, write.floats
-                for g, pages in enumerate(write.pages):
-                    tables[g, j, : len(pages)] = pages
+        columns, size = self._slots.tables.shape[2], self.shards * SLOT_BATCH
+        own = [[w for w in writes if w.slot // self.buckets.max_num_seqs == shard] for shard in range(self.shards)]
+        for i in range(0, max(map(len, own)), SLOT_BATCH):
+            slots = np.full(size, self.buckets.max_num_seqs, np.int32)
+            ints = np.zeros((size, len(SLOT_INTS)), np.int32)
+            floats = np.zeros((size, len(SLOT_FLOATS)), np.float32)
+            tables = np.zeros((len(self.groups), size, columns), np.int32)
+            for shard, of_shard in enumerate(own):
+                for j, write in enumerate(of_shard[i : i + SLOT_BATCH], shard * SLOT_BATCH):
+                    slots[j] = write.slot - shard * self.buckets.max_num_seqs
+                    ints[j], floats[j] = write.ints, write.floats
+                    for g, pages in enumerate(write.pages):
+                        tables[g, j, : len(pages)] = pages
             new = self._run("write_slots", (), *self._slots[1:], slots, tables, ints, floats)
             self._slots = Slots(self._slots.last_token, *new)
 
@@ -231,8 +245,9 @@ class Runner:
         ids, values = np.full(MAX_LOGIT_BIAS, -1, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
         ids[: len(write.bias)] = list(write.bias)
         values[: len(write.bias)] = list(write.bias.values())
-        sizes = np.array([write.slot, write.num_prompt, len(write.tokens)], np.int32)
-        self._rules = self._run("write_rules", (), self._rules, sizes, tokens, write.mask, ids, values)
+        own = self._own_slots(write.slot)
+        sizes = np.array([(slot, write.num_prompt, len(write.tokens)) for slot in own], np.int32)
+        self._rules = self._run("write_rules", (), self._rules, sizes.ravel(), tokens, write.mask, ids, values)
 
     # -- programs
 
@@ -258,24 +273,29 @@ class Runner:
                 self._compiling[name, *key] = self._compiler.submit(self._lower(name, key).compile)
 
     def _lower(self, name: str, key: tuple) -> Any:
-        cache, rest = named_sharding(self.mesh, AXES), named_sharding(self.mesh)
-        # Output shardings are pinned: one that drifts would compile the next step again.
-        programs: dict[str, tuple[Callable, tuple[int, ...], Any]] = {
-            "decode": (self._decode, (1, 2, 3), (cache, rest, rest, rest)),
-            "mixed": (self._mixed, (1, 3), (cache, rest, rest, rest)),
-            "head": (self._head, (2, 6), rest),
-            "prompt": (self._prompt, (), rest),
-            "prompt_vocab": (self._prompt_vocab, (), rest),
-            "pool": (self._pool, (), rest),
-            "write_slots": (write_slots, (0, 1, 2), rest),
-            "write_rules": (write_rules, (0,), rest),
-            "write_mask": (write_mask, (0,), rest),
-        }
-        function, donated, out = programs[name]
+        leaves, cache, whole = self.weights.specs, named_sharding(self.mesh, AXES), named_sharding(self.mesh)
+        rows, tables = named_sharding(self.mesh, ("rows",)), named_sharding(self.mesh, (None, "rows"))
+        # Which arguments are donated; where all of them lie, and the results: pinned, one that drifts would compile the
+        # next step again.
+        programs: dict[str, tuple[Callable, tuple[int, ...], tuple, Any]] = {
+            "decode": (
+                self._decode, (1, 2, 3), (leaves, cache, rows, tables, rows, rows, rows), (cache, rows, tables, rows)
+            ),
+            "mixed": (self._mixed, (1, 3), (leaves, cache, rows, tables, rows), (cache, tables, rows, rows)),
+            "head": (self._head, (2, 6), (leaves, rows, rows, tables, rows, rows, rows, rows), rows),
+            "prompt": (self._prompt, (), (leaves, rows, tables, whole), rows),
+            "prompt_vocab": (self._prompt_vocab, (), (leaves, rows, whole), rows),
+            "pool": (self._pool, (), (leaves, rows, rows), rows),
+            "write_slots": (
+                write_slots, (0, 1, 2), (tables, rows, rows, rows, tables, rows, rows), (tables, rows, rows)
+            ),
+            "write_rules": (write_rules, (0,), (rows, rows, whole, whole, whole, whole), rows),
+            "write_mask": (write_mask, (0,), (rows, rows, whole), rows),
+        }  # fmt: skip
+        function, donated, places, out = programs[name]
         function, arguments = partial(function, *key), self._arguments(name, key)
-        if self.weights.axis is not None:
-            split = {id(self.weights.leaves): self.weights.specs, id(self._cache): cache.spec}
-            specs = tuple(split.get(id(argument), rest.spec) for argument in arguments)
+        if self.mesh.size > 1:
+            specs = tuple(place if place is leaves else place.spec for place in places)
             function, arguments = on_each_device(function, arguments, specs, out, self.mesh)
         on_gpu = self.mesh.devices.flat[0].platform == "gpu"
         cublas = name == "decode" and key[0].rows >= CUBLAS_ROWS and on_gpu
@@ -398,11 +418,14 @@ class Runner:
         slots, rules, leaves = self._slots, self._rules, self.weights.leaves
 
         def hidden(rows: int) -> jax.ShapeDtypeStruct:
-            shape = (rows, self.model.hidden_size)
-            return jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=named_sharding(self.mesh))
+            shape = (self.shards * rows, self.model.hidden_size)
+            return jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=named_sharding(self.mesh, ("rows",)))
+
+        def ints(count: int) -> np.ndarray:
+            return np.zeros(self.shards * count, np.int32)
 
         def packed() -> np.ndarray:
-            return np.zeros(packed_size(name, key[0]), np.int32)
+            return ints(packed_size(name, key[0]))
 
         mask = np.zeros(rules.mask.shape[1], np.uint32)
         match name:
@@ -414,20 +437,21 @@ class Runner:
             case "mixed":
                 return leaves, self._cache, slots.last_token, slots.tables, packed()
             case "prompt":
-                return leaves, hidden(key[0]), np.zeros((2, key[0]), np.int32), np.bool_(False)
+                return leaves, hidden(key[0]), np.stack([ints(key[0])] * 2), np.bool_(False)
             case "prompt_vocab":
                 return leaves, hidden(key[0]), np.int32(0)
             case "pool":
-                return leaves, hidden(key[0].tokens), np.zeros(key[0].tokens, np.int32)
+                return leaves, hidden(key[0].tokens), ints(key[0].tokens)
             case "write_slots":
-                tables = np.zeros((len(self.groups), SLOT_BATCH, slots.tables.shape[2]), np.int32)
-                ints, floats = np.zeros((SLOT_BATCH, len(SLOT_INTS)), np.int32), (SLOT_BATCH, len(SLOT_FLOATS))
-                return *slots[1:], np.zeros(SLOT_BATCH, np.int32), tables, ints, np.zeros(floats, np.float32)
+                size = self.shards * SLOT_BATCH
+                tables = np.zeros((len(self.groups), size, slots.tables.shape[2]), np.int32)
+                fields = np.zeros((size, len(SLOT_INTS)), np.int32), np.zeros((size, len(SLOT_FLOATS)), np.float32)
+                return *slots[1:], ints(SLOT_BATCH), tables, *fields
             case "write_rules":
                 ids, values = np.zeros(MAX_LOGIT_BIAS, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
-                return rules, np.zeros(3, np.int32), np.zeros(self.max_model_len + 1, np.int32), mask, ids, values
+                return rules, ints(3), np.zeros(self.max_model_len + 1, np.int32), mask, ids, values
             case _:
-                return rules.mask, np.int32(0), mask
+                return rules.mask, ints(1), mask
 
 
 class CompilationCounter:

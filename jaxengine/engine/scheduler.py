@@ -4,6 +4,7 @@ import heapq
 from bisect import insort
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
@@ -16,6 +17,24 @@ from jaxengine.kv_cache import CacheGroup
 from jaxengine.step import MODES
 
 MAX_DEFERRED = 64  # waiting sequences that one step finds to share a prefix that is being computed: each is hashed
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What running sequences could compute in the next step, by rank."""
+
+    slots: np.ndarray
+    count: np.ndarray  # tokens of each
+    room: np.ndarray  # tokens that its pages have place for
+    chunks: np.ndarray  # the places of those that compute several known tokens
+    budget: int  # tokens that are left to who is admitted
+    several: np.ndarray | None  # tokens of each if it draws them in one call; None: that must not be
+
+
+def worth_several(demands: Seq[Demand], steps: int) -> bool:
+    """Do all of them allow that so many tokens are drawn in one call, and does one have so many left?"""
+    several = [demand.several for demand in demands if demand.several is not None]
+    return len(several) == len(demands) and max(count.max(initial=0) for count in several) >= max(2, steps)
 
 
 class Scheduler:
@@ -55,12 +74,19 @@ class Scheduler:
         self.num_preemptions = self.prefix_queries = self.prefix_hits = 0
         self.restart(())
 
-    def restart(self, sequences: Seq[Sequence]) -> None:
-        """Forgets pages, slots and flights, whatever state they are in: these sequences wait, and nothing runs."""
+    @property
+    def shards(self) -> Seq["Scheduler"]:
+        return (self,)
+
+    def restart(self, sequences: Seq[Sequence], slots: SlotTable | None = None) -> None:
+        """Forgets pages, slots and flights, whatever state they are in: these sequences wait, and nothing runs.
+
+        slots: empty ones, where they are part of a larger table.
+        """
         for sequence in sequences:
             sequence.leave()
         self.pools = [PagePool(count) for count in self.num_pages]
-        self.slots = SlotTable(self.max_num_seqs, len(self.groups), self.max_model_len, self.page_size)
+        self.slots = slots or SlotTable(self.max_num_seqs, len(self.groups), self.max_model_len, self.page_size)
         self.running: list[Sequence] = []  # by rank
         self.draining: set[int] = set()  # slots whose sequence is finished, but which a flight names
         self._ranked: np.ndarray | None = None  # the slots of `running`; None: they have changed
@@ -142,7 +168,10 @@ class Scheduler:
 
     def schedule(self) -> Rows:
         """The rows of the next step; empty when nothing can run before a flight lands."""
-        self._steps += 1
+        demand = self.demand()
+        return self.grant(demand, worth_several([demand], self.steps_per_call))
+
+    def demand(self) -> Demand:
         table, slots = self.slots, self._slots_by_rank()
         missing = (table.num_drawn - table.num_computed)[slots]  # tokens to compute, one at least
         room = (table.columns * self.page_size - table.num_computed)[slots]
@@ -154,9 +183,14 @@ class Scheduler:
         for i in chunks:
             count[i] = min(missing[i], budget)
             budget -= int(count[i])
-        steps = 1
-        if len(chunks) == 0 and (several := self._several_steps(slots, count > 0, room)) is not None:
-            count, steps = several, self.steps_per_call
+        several = None if len(chunks) or self.steps_per_call == 1 else self._several_steps(slots, count > 0, room)
+        return Demand(slots, count, room, chunks, budget, several)
+
+    def grant(self, demand: Demand, several: bool) -> Rows:
+        """The rows of the next step, and the pages that they need. `several`: they draw `steps_per_call` tokens."""
+        self._steps += 1
+        slots, room, chunks, budget = demand.slots, demand.room, demand.chunks, demand.budget
+        count = demand.several if several and demand.several is not None else demand.count
         number = self._reserve(slots, count - room)
         runs = count[:number].nonzero()[0]
         chosen, tokens = slots[runs], count[runs]
@@ -166,19 +200,19 @@ class Scheduler:
             if admitted := list(self._admissions(budget)):
                 chosen = np.append(chosen, [slot for slot, _ in admitted])
                 tokens = np.append(tokens, [count for _, count in admitted])
-        return self._advance(chosen, tokens, steps)
+        return self._advance(chosen, tokens, self.steps_per_call if several else 1)
 
     def _several_steps(self, slots: np.ndarray, runs: np.ndarray, room: np.ndarray) -> np.ndarray | None:
         """Tokens of each slot when those that run draw `steps_per_call` ones, or all they have left, in one call.
 
-        None where a single step is due: somebody could be admitted, a row does more than draw, there are no pages.
+        None where only a single step can be: somebody could be admitted, a row does more than draw, there are no pages.
         """
         table = self.slots
         left = (table.end - table.num_drawn)[slots]
         plain = (table.num_drawn >= table.num_tokens)[slots] & (table.mode < MODES.index("everything"))[slots]
         count = np.where(runs, np.minimum(left, self.steps_per_call), 0)
         admits = self.num_waiting > 0 and len(self.slots.free) > 0
-        if count.max(initial=0) < max(2, self.steps_per_call) or admits or not plain[runs].all():
+        if admits or not plain[runs].all():
             return None
         pages = -(-np.maximum(count - room, 0) // self.page_size)
         return count if pages.sum() <= self._num_free else None
@@ -311,6 +345,12 @@ class Scheduler:
 
     # -- the prefix cache
 
+    def prompt_pages(self, sequence: Sequence) -> Seq[bytes]:
+        """The hashes of those pages of a waiting sequence that could be in the cache; none without a cache."""
+        if self.enable_prefix_caching:
+            self._hash(sequence, (sequence.num_needed - 1) // self.page_size)
+        return sequence.hashes
+
     def _cached_pages(self, sequence: Sequence) -> tuple[int, int]:
         """How many leading pages lie in the cache, in every group that a next token would look at; how many may."""
         if not self._shares_pages(sequence):
@@ -422,6 +462,11 @@ class Scheduler:
                         pool.publish(page, content)
                 self._computed(sequence, content)
 
+    def waiting(self) -> list[Sequence]:
+        """In no order; some may have ended."""
+        deferred = [sequence for sequences in self._deferred.values() for sequence in sequences]
+        return [sequence for _, sequence in self._waiting] + deferred + (self._held or [])
+
     def check_integrity(self) -> None:
         """Raises AssertionError when a page, a slot or a sequence is lost, held twice, or counted wrongly."""
         table, running = self.slots, self._slots_by_rank().tolist()
@@ -440,7 +485,6 @@ class Scheduler:
             assert 0 <= table.in_flight(slot) <= table.flights[slot] * self.steps_per_call
         assert all(content in s.hashes and s in self.running for content, s in self._computing.items())
         assert self._deferred.keys() <= self._computing.keys()
-        waiting = [s for _, s in self._waiting] + [s for deferred in self._deferred.values() for s in deferred]
-        waiting += self._held or []
+        waiting = self.waiting()
         assert len(set(waiting)) == len(waiting) and not any(s.slot is not None for s in waiting)
         assert self.num_waiting == sum(not s.finished for s in waiting), "a waiting sequence is lost"

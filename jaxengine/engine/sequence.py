@@ -175,6 +175,7 @@ class Request:
     edits_logits: bool = False  # of these, all but log-probabilities: its slot holds counts, a mask, biases
     watched: bool = True  # its owner hears of every step that gave it something, not only of its end
     needs_last_token: bool = False  # a rule on its next token depends on the last one: no step ahead
+    shard: int = 0  # of the data axis, where it runs
     sequences: list[Sequence] = field(default_factory=list)
     error: Exception | None = None
 

@@ -1,6 +1,8 @@
 """What the host knows of running sequences, in arrays by device slot: a step costs no Python for each row."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +26,17 @@ class Rows:
     def __getitem__(self, index: np.ndarray) -> "Rows":
         return Rows(self.slots[index], self.start[index], self.count[index], self.samples[index], self.steps)
 
+    def moved(self, slots: int) -> "Rows":
+        """The same of slots whose numbers are so much larger."""
+        return replace(self, slots=self.slots + slots)
+
+    @staticmethod
+    def join(parts: Seq["Rows"]) -> "Rows":
+        """Those of all parts, one after another; in all of them `steps` are the same."""
+        arrays = zip(*((part.slots, part.start, part.count, part.samples) for part in parts), strict=True)
+        slots, start, count, samples = map(np.concatenate, arrays)
+        return Rows(slots, start, count, samples, parts[0].steps)
+
 
 class SlotTable:
     """A slot belongs to one sequence until no flight names it any more.
@@ -35,9 +48,11 @@ class SlotTable:
     Where nothing is to be drawn, the prompt's last token counts as the next one, which is known: it is not computed.
 
     Pages of all cache groups have the same columns; page 0 lies behind a window, given back.
+
+    Of several `shards` of a data axis each has as many slots: it sees them in a table of its own over the same memory.
     """
 
-    def __init__(self, num_slots: int, num_groups: int, max_model_len: int, page_size: int):
+    def __init__(self, num_slots: int, num_groups: int, max_model_len: int, page_size: int, shards: int = 1):
         def zeros(dtype: type = np.int64) -> np.ndarray:
             return np.zeros(num_slots, dtype)
 
@@ -61,6 +76,26 @@ class SlotTable:
         self.followed = zeros(bool)  # somebody waits for each of its tokens: Python looks at them all
         # Python looks at its next token: it is followed, or this is the first since it runs.
         self.attended = zeros(bool)
+        size = num_slots // shards
+        self.shards = [self._part(shard * size, size) for shard in range(shards)] if shards > 1 else []
+
+    def _part(self, first: int, count: int) -> "SlotTable":
+        part = copy(self)
+        part.free, part.shards = list(range(count - 1, -1, -1)), []
+        for name, array in vars(self).items():
+            if isinstance(array, np.ndarray):
+                setattr(part, name, array[..., first : first + count, :] if name == "pages" else array[first:][:count])
+        return part
+
+    def split(self, rows: Rows) -> list[tuple[Rows, "SlotTable"]]:
+        """Rows in the order of their shards: those of each, which counts slots from 0, and its table."""
+        if not self.shards:
+            return [(rows, self)]
+        size = len(self.live) // len(self.shards)
+        edges = np.searchsorted(rows.slots // size, np.arange(len(self.shards) + 1))
+        return [
+            (rows[np.arange(edges[i], edges[i + 1])].moved(-i * size), shard) for i, shard in enumerate(self.shards)
+        ]
 
     def append(self, slots: np.ndarray, tokens: np.ndarray, counts: np.ndarray, now: float) -> None:
         """The first counts[i] of tokens[i] were in flight for slots[i] and are known now."""

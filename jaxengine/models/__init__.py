@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxengine.config import ModelConfig
 from jaxengine.errors import ConfigError, UnsupportedModelError
 from jaxengine.models import gpt2, llama
-from jaxengine.sharding import ParamSpec, named_sharding
+from jaxengine.sharding import TENSOR, ParamSpec, named_sharding
 
 # Mistral, Qwen2 and Qwen3 are Llama with options that ModelConfig carries: windows, biases, norms on q and k.
 FAMILIES = {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama, "gpt2": gpt2}
@@ -150,7 +150,8 @@ def prepare(
 
 
 def _fit(config: ModelConfig, params: dict[str, jax.Array], mesh: Mesh) -> None:
-    copies, padding = max(1, mesh.size // config.num_kv_heads), -config.vocab_size % mesh.size
+    devices = mesh.shape[TENSOR]
+    copies, padding = max(1, devices // config.num_kv_heads), -config.vocab_size % devices
     for path, axes in logical_axes(config, params).items():
         sharding = named_sharding(mesh, axes)
         if copies > 1 and "kv_heads" in axes:

@@ -69,6 +69,7 @@ def workloads(draw, faults=False):
         max_num_batched_tokens=budget, flights=draw(st.sampled_from([0, 1, 2])), vocab=VOCAB,
         enable_prefix_caching=draw(st.booleans()), block_q=draw(st.sampled_from([1, 4])),
         priority_aging_steps=draw(st.sampled_from([1, 256])), steps_per_call=draw(st.sampled_from([1, 3])), fail=fail,
+        shards=draw(st.sampled_from([1, 1, 2, 3])),
     )  # fmt: skip
     return engine, requests, draw(st.integers(0, 2**32))
 
@@ -89,7 +90,7 @@ def run(engine, arrivals, on_step=lambda step: None, limit=3000):
 
 
 def assert_as_alone(engine, request):
-    windows = [group.window for group in engine.scheduler.groups]
+    windows = [group.window for group in engine.runner.groups]
     for i, sequence in enumerate(request.sequences):
         alone = expected(request, windows, VOCAB, i, sequence.weight_versions)
         assert sequence.output() == alone.tokens
@@ -113,11 +114,11 @@ def assert_as_alone(engine, request):
 
 
 def assert_nothing_is_held(engine):
-    scheduler = engine.scheduler
-    assert not (scheduler.running or scheduler.draining or scheduler.num_waiting or scheduler._computing)
-    assert not scheduler._deferred and not engine.has_work and not engine._requests and not engine.sink.texts
-    assert all(pool.num_free == pool.num_pages - 1 for pool in scheduler.pools)
-    assert len(scheduler.slots.free) == scheduler.max_num_seqs
+    assert not (engine.has_work or engine._requests or engine.sink.texts)
+    for shard in engine.scheduler.shards:
+        assert not (shard.running or shard.draining or shard.num_waiting or shard._computing or shard._deferred)
+        assert all(pool.num_free == pool.num_pages - 1 for pool in shard.pools)
+        assert len(shard.slots.free) == shard.max_num_seqs
 
 
 def check_alone(workload):

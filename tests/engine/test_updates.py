@@ -31,7 +31,7 @@ def check_updates(workload, seen):
             updates.append(PendingUpdate(None, mode, fail if fails else install, destructive=False))
             engine.update_weights(updates[-1])
         elif engine._update is None and step < 100 and chance.random() < 0.05:
-            running = len(engine.scheduler.running)
+            running = engine.metrics()["num_requests_running"]
             engine.sleep(1)
             assert not engine.has_work
             news.extend(engine.step())  # what landed as it fell asleep
@@ -95,7 +95,7 @@ def test_log_probabilities_are_those_of_the_version_that_drew(mode, spans):
     assert sequence.weight_versions == spans
     assert_as_alone(engine, request)
     assert sequence.cumulative_logprob == pytest.approx(sum(row[0] for row in sequence.logprobs))
-    windows = [group.window for group in engine.scheduler.groups]
+    windows = [group.window for group in engine.runner.groups]
     old = expected(request, windows, VOCAB)
     assert [row[0] for row in sequence.logprobs] != pytest.approx(old.logprobs), "the weights matter"
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -197,7 +198,7 @@ def test_without_ray_an_error_says_what_to_install(monkeypatch):
         replicas.run_batch_replicas([], print, replicas=2)
 
 
-def test_each_has_the_gpus_of_its_mesh():
+def test_each_has_the_gpus_of_its_mesh(monkeypatch):
     def cluster(**resources):
         return SimpleNamespace(cluster_resources=lambda: resources)
 
@@ -205,6 +206,10 @@ def test_each_has_the_gpus_of_its_mesh():
     assert replicas._gpus(cluster(CPU=8.0), 2, 2) == 0
     with pytest.raises(ConfigError, match="replicas=3 need 2 GPU each, and the Ray cluster has 4"):
         replicas._gpus(cluster(CPU=8.0, GPU=4.0), 3, 2)
+    monkeypatch.setattr(replicas, "_cluster", lambda: nullcontext(cluster(CPU=8.0, GPU=4.0)))
+    with pytest.raises(ConfigError, match="replicas=1 need 6 GPU each"):
+        mesh = {"tensor_parallel_size": 2, "data_parallel_size": 3}
+        replicas.run_batch_replicas([], print, replicas=1, engine=mesh)
 
 
 # -- with Ray

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
+from jaxengine import LLM, ConfigError, SamplingParams
 from jaxengine.errors import WeightsDeletedError
 from jaxengine.kv_cache import AXES
 from jaxengine.models import param_specs
@@ -208,7 +208,6 @@ def test_new_weights_take_the_places_of_the_old():
         ("qwen2", {"tensor_parallel_size": 3}, ConfigError,
          r"=3 does not divide num_heads=8, num_kv_heads=4 .* intermediate_size=96; use one of \[1, 2\]"),
         ("qwen2", {"tensor_parallel_size": 16}, ConfigError, "needs 16 devices, there are 8"),
-        ("qwen2", {"mesh": (2, 2)}, UnsupportedError, "only the axis 'tensor' may have several devices"),
         ("qwen2", {"mesh": (1, 2), "tensor_parallel_size": 4}, ConfigError, "left out, or the 2 of the mesh"),
     ],
 )  # fmt: skip

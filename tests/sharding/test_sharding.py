@@ -1,4 +1,4 @@
-"""Runs `eight_devices.py` in a process of its own, as a CPU is several devices only from its start."""
+"""Runs tests of a mesh in processes of their own, as a CPU is several devices only from its start."""
 
 import os
 import subprocess
@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("eight_devices.py")
+CASES = ["eight_devices.py", "data_axis.py"]
 # Compiling is what these tests spend their time on; the least effort halves it.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 
+@pytest.mark.parametrize("cases", CASES)
 @pytest.mark.parametrize("marks", ["not full", pytest.param("full", marks=pytest.mark.full)])
-def test_on_eight_simulated_devices(marks):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, str(CASES)]
+def test_on_eight_simulated_devices(cases, marks):
+    path = str(Path(__file__).with_name(cases))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, path]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2000:]

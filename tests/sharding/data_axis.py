@@ -1,0 +1,208 @@
+"""The data axis on eight simulated devices, alone and with tensor parallelism; `test_sharding.py` starts it."""
+
+import re
+from functools import cache, partial
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
+from jaxengine.sharding import create_mesh
+from jaxengine.step import unpack
+from tests.sharding.eight_devices import COLLECTIVE, CONFIGS, SMALL, VOCAB, check_collectives, params
+from tests.tiny_llm import check_integrity, restrict
+
+PAGES = 12  # of each shard: fewer than its requests need
+full = pytest.mark.full
+COMMON = {"max_tokens": 12, "ignore_eos": True, "detokenize": False}
+ASKED = [
+    SamplingParams(temperature=0, logprobs=2, prompt_logprobs=1, **COMMON),
+    SamplingParams(temperature=0, **COMMON),
+    SamplingParams(temperature=0.9, top_k=40, top_p=0.9, seed=5, **COMMON),
+    SamplingParams(temperature=1.2, repetition_penalty=1.1, logit_bias={7: 2.0}, allowed_token_ids=list(range(3, 500)),
+                   seed=6, **COMMON),
+]  # fmt: skip
+
+
+def make_llm(family, data=1, tensor=1, **options):
+    sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor, "fuse_weights": True}
+    return LLM(params(family), config=CONFIGS[family], **(SMALL | sizes | options))
+
+
+def prompts(count):
+    rng = np.random.default_rng(0)
+    prefixes = [rng.integers(3, VOCAB, 24).tolist() for _ in range(2)]
+    return [prefixes[i % 2] + rng.integers(3, VOCAB, 3 + 7 * (i % 6)).tolist() for i in range(count)]
+
+
+def answers(llm, count):
+    """Tokens and log-probabilities of prompts with common prefixes, in chunks, with fewer pages than they need."""
+    restrict(llm, pages=PAGES)
+    seen, submit = [], llm._runner.submit
+    llm._runner.submit = lambda inputs: seen.append(inputs) or submit(inputs)
+    found = [llm.generate(prompts(count), params, use_tqdm=False) for params in ASKED]
+    llm._runner.submit = submit
+    check_integrity(llm)
+    check_it_happened(llm, seen)
+    tokens = [[output.outputs[0].token_ids for output in outputs] for outputs in found]
+    logprobs = [output.outputs[0].logprobs.logprobs for output in found[0]]
+    logprobs += [output.prompt_logprobs.logprobs[1:] for output in found[0]]
+    return tokens, np.concatenate(logprobs)
+
+
+def check_it_happened(llm, steps):
+    """Hits, preemptions and chunks on every shard, whose own pages were written, and steps in which all had rows."""
+    runner, schedulers = llm._runner, llm._loop._engine.scheduler.shards
+    assert len(schedulers) == runner.shards
+    assert min(min(shard.num_preemptions, shard.prefix_hits) for shard in schedulers) > 0
+    parts = [(step, np.split(step.packed, runner.shards)) for step in steps]
+    rows = [[(unpack(s.kind, s.bucket, part)["lengths"] > 0).sum() for part in parts] for s, parts in parts]
+    assert sum(min(counts) > 0 for counts in rows) > len(steps) / 4, rows
+    mixed = [(s.bucket, own) for s, own in parts if s.kind == "mixed"]
+    chunks = [[unpack("mixed", bucket, part)["q_len"].max() for part in own] for bucket, own in mixed]
+    assert (np.max(chunks, axis=0) > 1).all()
+    for shard in runner._cache.k[0].addressable_shards:
+        assert (np.abs(np.asarray(shard.data)).sum(axis=(1, 2, 3)) > 0).sum() >= PAGES - 2
+        assert not np.asarray(shard.data)[0].any(), "each shard has a null page"
+
+
+@cache
+def alone(family, count):
+    with make_llm(family) as llm:
+        return answers(llm, count)
+
+
+@pytest.mark.parametrize(
+    ("family", "data", "tensor"),
+    [
+        ("qwen3", 2, 2),
+        *(pytest.param(*case, marks=full) for case in [
+            ("qwen3", 2, 1), ("qwen3", 4, 2), ("qwen3", 2, 4), ("qwen3", 8, 1), ("mistral", 2, 2), ("gpt2", 4, 2),
+            ("qwen2", 2, 4), ("llama", 4, 1),
+        ]),
+    ],
+)  # fmt: skip
+def test_the_same_answers_as_one_device(family, data, tensor):
+    count = 6 * data
+    want, want_logprobs = alone(family, count)
+    with make_llm(family, data, tensor) as llm:
+        tokens, logprobs = answers(llm, count)
+        assert tokens == want
+        np.testing.assert_allclose(logprobs, want_logprobs, atol=1e-4)
+        check_places(llm, data, tensor)
+        check_groups(llm, data, tensor)
+        if tensor > 1:
+            check_collectives(llm)
+
+
+def check_places(llm, data, tensor):
+    """Pages, slots and hidden states lie on their shard, weights on all, after steps too."""
+    runner = llm._runner
+    for array in jax.tree.leaves((runner._cache, runner._slots, runner._rules)):
+        axis = 1 if array is runner._slots.tables else 0
+        assert array.addressable_shards[0].data.shape[axis] * data == array.shape[axis]
+    for leaf, spec in zip(runner.weights.leaves, runner.weights.specs, strict=True):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(create_mesh(tensor, data), spec), leaf.ndim)
+        assert leaf.addressable_shards[0].data.nbytes * (tensor if "tensor" in spec else 1) == leaf.nbytes
+
+
+def check_groups(llm, data, tensor):
+    """No collective crosses the data axis."""
+    lines = [line for program in llm._runner._programs.values() for line in program.as_text().splitlines()]
+    found = [re.search(r"replica_groups=(mesh\S+ \{.*?\})", line) for line in lines if COLLECTIVE.search(line)]
+    groups = {match and match[1] for match in found}
+    assert groups == ({f"mesh['data'={data},'tensor'={tensor}] {{'tensor'}}"} if tensor > 1 else set())
+
+
+def outcomes(llm):
+    """What the rarer kinds of requests give, and commands between them."""
+    first, *others = prompts(5)
+    whole = SamplingParams(temperature=0, logprobs=-1, prompt_logprobs=-1, max_tokens=2, detokenize=False)
+    plain = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, detokenize=False)
+    words = SamplingParams(temperature=0, max_tokens=9, min_tokens=4, stop_token_ids=list(range(3, VOCAB, 3)),
+                           presence_penalty=0.5, frequency_penalty=0.5, n=2, detokenize=False)  # fmt: skip
+    ask = partial(llm.generate, use_tqdm=False)
+    found = {"embed": llm.embed([first, *others], pooling="mean"), "cls": llm.embed(others, pooling="cls")}
+    for name, outputs in (("whole", ask([first, *others], whole)), ("words", ask([first, *others], words))):
+        found[name] = [list(completion.token_ids) for output in outputs for completion in output.outputs]
+        if name == "whole":
+            rows = [row for output in outputs for row in output.prompt_logprobs.logprobs[1:]]
+            found["logprobs"] = np.array(
+                [*rows, *(x for output in outputs for x in output.outputs[0].logprobs.logprobs)]
+            )
+    found["score"] = np.array(
+        [score.logprob for score in llm.score([(first, part) for part in others], use_tqdm=False)]
+    )
+
+    def tokens():
+        return [output.outputs[0].token_ids for output in ask([first, *others], plain)]
+
+    found["plain"] = tokens()
+    stream = llm.generate([first], SamplingParams(temperature=0, max_tokens=60, detokenize=False), stream=True)
+    next(stream)
+    stream.close()
+    llm.sleep()
+    llm.wake_up()
+    found["woken"] = tokens()
+    submit, calls = llm._runner.submit, []
+
+    def failing(inputs):
+        calls.append(inputs)
+        if len(calls) == 3:
+            raise jax.errors.JaxRuntimeError("INTERNAL: a failure of the device")
+        return submit(inputs)
+
+    llm._runner.submit = failing
+    found["recovered"] = tokens()
+    llm._runner.submit = submit
+    llm.update_weights({path: array[..., ::-1] for path, array in params("qwen3").items()})
+    found["updated"] = tokens()
+    check_integrity(llm)
+    assert found["plain"] == found["woken"] == found["recovered"] != found["updated"] and len(calls) > 3
+    return found
+
+
+@full
+def test_everything_else_gives_the_same_too():
+    options = {"steps_per_call": 4, "max_num_batched_tokens": 32}
+    with make_llm("qwen3", **options) as llm:
+        want = outcomes(llm)
+    with make_llm("qwen3", data=2, **options) as llm:
+        found = outcomes(llm)
+        check_groups(llm, 2, 1)
+        assert all(len(shard.slots.free) == 4 and shard.prefix_queries for shard in llm._loop._engine.scheduler.shards)
+        assert any(key[0] == "decode" and key[1].steps == 4 for key in llm._runner._programs)
+    for name, values in want.items():
+        if isinstance(values, np.ndarray):
+            np.testing.assert_allclose(found[name], values, atol=1e-4, err_msg=name)
+        else:
+            assert found[name] == values, name
+
+
+def test_a_mesh_of_ones_own():
+    devices = np.array(jax.devices()[4:8]).reshape(2, 1, 2)
+    ask = [[5, 6, 7]] * 4, SamplingParams(temperature=0, max_tokens=2, detokenize=False)
+    with LLM(
+        params("llama"), config=CONFIGS["llama"], mesh=Mesh(devices, ("tensor", "replica", "data")), **SMALL
+    ) as llm:
+        assert len({output.outputs[0].token_ids[1] for output in llm.generate(*ask, use_tqdm=False)}) == 1
+        [pool, *_] = llm._runner._cache.k
+        assert pool.sharding.mesh.devices.tolist() == devices[:, 0].T.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"data_parallel_size": 3, "tensor_parallel_size": 4}, ConfigError, "needs 12 devices, there are 8"),
+        ({"data_parallel_size": 0}, ConfigError, "data_parallel_size=0 must be a positive integer"),
+        ({"mesh": ("data", "stage")}, UnsupportedError, "only the axes 'data' and 'tensor' may have several devices"),
+        ({"mesh": ("data", "tensor"), "data_parallel_size": 4}, ConfigError, "left out, or the 2 of the mesh"),
+    ],
+)
+def test_what_is_refused(options, error, message):
+    if "mesh" in options:
+        options = options | {"mesh": jax.make_mesh((2, 2), options["mesh"])}
+    with pytest.raises(error, match=message):
+        LLM(params("qwen2"), config=CONFIGS["qwen2"], **SMALL, **options)
