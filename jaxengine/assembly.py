@@ -21,7 +21,7 @@ from jaxengine.live_weights import LiveWeights
 from jaxengine.memory import Sizes, compiling_bytes, plan_pages, temporary_bytes
 from jaxengine.models import one_share
 from jaxengine.progress import counting_bar
-from jaxengine.sharding import create_mesh, one_axis
+from jaxengine.sharding import create_mesh, layer_mesh
 from jaxengine.text import TextSink
 from jaxengine.tokenizer import Tokenizer
 from jaxengine.weights import Checkpoint, checkpoint_in_memory, open_checkpoint
@@ -82,8 +82,11 @@ def assemble(
         checkpoint = open_checkpoint(model, config=model_config, mapping=param_mapping, **source)
     else:
         checkpoint = checkpoint_in_memory(model, model_config, param_mapping)
-    mesh = create_mesh(config.tensor_parallel_size) if config.mesh is None else one_axis(config.mesh)
-    share = one_share(checkpoint.config, mesh.size)
+    if config.mesh is None:
+        mesh = create_mesh(config.tensor_parallel_size, expert=config.expert_parallel_size)
+    else:
+        mesh = layer_mesh(config.mesh)
+    share = one_share(checkpoint.config, mesh)
     device = mesh.devices.flat[0]
     if device.platform not in PLATFORMS:
         raise ConfigError(f"{device.platform=} is not one of {sorted(PLATFORMS)}")
