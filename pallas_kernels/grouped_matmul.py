@@ -169,9 +169,9 @@ def _kernel(
         def body(i, sums):
             k = i * block_in + jnp.arange(block_in)
             known = k < size_in if size_in % block_in else None
-            x = _load(x_ref, read, k, None, known)
+            x = _load(x_ref, (), read, k, None, known)
             limit = inside if size_out % block_out else None
-            parts = [_load(ref.at[group], k, column, known, limit) for ref in kernel_refs]
+            parts = [_load(ref, (group,), k, column, known, limit) for ref in kernel_refs]
             return tuple(total + tile.dot(x, part, (1, 0)) for total, part in zip(sums, parts))
 
         zeros = tuple(jnp.zeros((block_rows, block_out), jnp.float32) for _ in kernel_refs)
@@ -181,11 +181,13 @@ def _kernel(
         plt.store(at, combine(*sums).astype(out_ref.dtype), mask=real[:, None] & inside[None, :])
 
 
-def _load(ref, rows: jax.Array, columns: jax.Array, row_mask: jax.Array | None, column_mask: jax.Array | None):
-    """A block of a matrix, zeros where a mask says no; without masks loads are wider."""
+def _load(
+    ref, where: tuple, rows: jax.Array, columns: jax.Array, row_mask: jax.Array | None, column_mask: jax.Array | None
+):
+    """A block of the matrix at ref[where], zeros where a mask says no; without masks loads are wider."""
     masks = [] if row_mask is None else [row_mask[:, None]]
     masks += [] if column_mask is None else [column_mask[None, :]]
-    at = ref.at[rows[:, None], columns[None, :]]
+    at = ref.at[(*where, rows[:, None], columns[None, :])]
     if not masks:
         return plt.load(at)
     mask = masks[0] if len(masks) == 1 else masks[0] & masks[1]

@@ -66,11 +66,13 @@ def run_batch_replicas(
                                "its folder as model")  # fmt: skip
     if options.get("mesh") is not None:
         raise UnsupportedError(
-            "mesh= names devices of this process, replicas have their own: use tensor_parallel_size="
+            "mesh= names devices of this process, replicas have their own: use tensor_parallel_size= and "
+            "expert_parallel_size="
         )
     lines, stop = open_source(source, column, id_column, url), stop or Stop()
     with _cluster() as ray:
-        gpus = _gpus(ray, replicas, options.get("tensor_parallel_size", 1))
+        each = options.get("tensor_parallel_size", 1) * options.get("expert_parallel_size", 1)
+        gpus = _gpus(ray, replicas, each)
         worker = ray.remote(_Worker).options(max_concurrency=CONCURRENT, num_cpus=1, num_gpus=gpus)
         loading = os.getcwd(), options, dict(defaults or {}), list_names(served_model_name)
         # Of a short file, the first one to load leaves the others their share.

@@ -57,8 +57,9 @@ class MoE(nnx.Module):
         inner = op.grouped_gated_matmul(x[order // self.per_token], gate, up, sizes, ACTIVATIONS[self.activation])
         y = op.grouped_matmul(inner, down, sizes)
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
-        y = jnp.where(own[:, :, None], y[place].reshape(*experts.shape, -1), 0).astype(jnp.float32)
-        return total(jnp.sum(weights[:, :, None] * y, axis=1).astype(x.dtype), self.axis)
+        y = y[place].reshape(*experts.shape, -1).astype(jnp.float32)
+        y = jnp.where(own[:, :, None], weights[:, :, None] * y, 0)
+        return total(jnp.sum(y, axis=1).astype(x.dtype), self.axis)
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [tokens, hidden] -> weights float32 and experts int32, both [tokens, per_token]."""
