@@ -23,9 +23,8 @@ def write(shape: Shape, folder: Path, shard_bytes: int = SHARD_BYTES, block: int
     """config.json, the shards and their index; returns the folder. Norms' scales are ones."""
     write_checkpoint_config(shape, folder)
     config = open_checkpoint(folder, load_format="dummy").config
-    specs = param_specs(config)
-    targets = families.tensors(config.model_type, specs)
-    shapes = {name: specs[t.paths[0]].shape[:: -1 if t.transposed else 1] for name, t in targets.items()}
+    canonical = {path: spec.shape for path, spec in param_specs(config).items()}
+    shapes = {name: t.stored_shape(canonical) for name, t in families.tensors(config.model_type, canonical).items()}
     values = (0.02 * np.random.default_rng(0).standard_normal(block, np.float32)).astype(BFLOAT16)
 
     def read(name: str) -> np.ndarray:

@@ -3,8 +3,8 @@
     python -m benchmarks.step_model
 
 Rates of one H200 are this repository's own (README.md); the links' are NVIDIA's data sheets' (NVLink 4: 450 GB/s
-each way a GPU, of which an all-reduce of 1 GiB was seen to use 361 on 8; ConnectX-7: 50 GB/s each way a GPU), the times of small
-all-reduces are `benchmarks.collectives`' on two GPUs, and assumptions on more (see LATENCY).
+each way a GPU, of which an all-reduce of 1 GiB was seen to use 361 on 8; ConnectX-7: 50 GB/s each way a GPU), the
+times of small all-reduces are `benchmarks.collectives`' on two GPUs, and assumptions on more (see LATENCY).
 """
 
 from dataclasses import dataclass

@@ -24,7 +24,8 @@ IRRELEVANT = frozenset(
     diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens epsilon_cutoff eta_cutoff encoder_repetition_penalty
+    begin_suppress_tokens epsilon_cutoff eta_cutoff encoder_repetition_penalty output_router_logits
+    router_aux_loss_coef router_jitter_noise
     """.split()
 )
 # Changes nothing while it has this value.
@@ -112,9 +113,9 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 def rotary_decoder(
     a: Attributes, *, kv_heads: int | None = None, head_dim: int | None = None, positions: int,
-    bos: int | None = None, eos: int | None = None,
+    bos: int | None = None, eos: int | None = None, theta: float = 10_000.0, eps: float = 1e-6,
 ) -> dict[str, Any]:  # fmt: skip
-    """What llama, mistral, qwen2 and qwen3 have in common; the arguments are the family's defaults.
+    """What llama and its kin have in common; the arguments are the family's defaults.
 
     `kv_heads`: None for as many as heads; `head_dim`: None for hidden_size / num_attention_heads.
     """
@@ -135,11 +136,11 @@ def rotary_decoder(
         "head_dim": width,
         "max_position_embeddings": positions,
         "activation": activation(a.take("hidden_act", str, "silu")),
-        "norm_eps": a.take("rms_norm_eps", float, 1e-6),
+        "norm_eps": a.take("rms_norm_eps", float, eps),
         "tie_word_embeddings": a.take("tie_word_embeddings", bool, False),
         "attention_scales": (width**-0.5,) * layers,
         "windows": (None,) * layers,
-        "rope": rope(a, width, positions),
+        "rope": rope(a, width, positions, theta),
     }
 
 
@@ -147,7 +148,7 @@ def activation(name: str) -> str:
     return {"swish": "silu", "gelu_python": "gelu"}.get(name, name)
 
 
-def rope(a: Attributes, head_dim: int, positions: int) -> dict[str, Any]:
+def rope(a: Attributes, head_dim: int, positions: int, default_theta: float) -> dict[str, Any]:
     """RopeConfig's arguments. Both spellings: rope_parameters, or rope_theta beside rope_scaling."""
     theta = a.take("rope_theta", float, None)
     legacy = a.take("rope_scaling", dict, None)
@@ -159,7 +160,7 @@ def rope(a: Attributes, head_dim: int, positions: int) -> dict[str, Any]:
     given = {name: value for name, value in (legacy or stated or {}).items() if value is not None}
     older = given.pop("type", "default")
     kind = given.pop("rope_type", older)
-    theta = given.pop("rope_theta", 10_000.0 if theta is None else theta)
+    theta = given.pop("rope_theta", default_theta if theta is None else theta)
     original = a.take("original_max_position_embeddings", int, None)
     if head_dim % 2:
         raise ConversionError(f"a head's size of {head_dim} is odd: rope turns pairs")

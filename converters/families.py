@@ -1,17 +1,20 @@
 """The families by `model_type`: config.json to ModelConfig's arguments, tensor names to canonical ones."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from converters import ConversionError, UnsupportedOptionError, gpt2, llama, mistral, qwen2, qwen3
+from converters import ConversionError, UnsupportedOptionError, gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from converters.attributes import Attributes
-from converters.tensors import Target, find, find_source
+from converters.tensors import Target, find, find_sources
 
-FAMILIES: dict[str, Any] = {"gpt2": gpt2, "llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES: dict[str, Any] = {
+    "gpt2": gpt2, "llama": llama, "mistral": mistral, "mixtral": mixtral, "qwen2": qwen2, "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+}  # fmt: skip
 
 
 def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """ModelConfig's arguments, `rope` as a dict of RopeConfig's; no `dtype` if the file does not say it.
+    """ModelConfig's arguments, `rope` and `experts` as dicts of their own; no `dtype` if the file does not say it.
 
     Raises ConversionError naming every attribute that is wrong or, as UnsupportedOptionError, not handled.
     """
@@ -32,14 +35,19 @@ def target(model_type: str, name: str) -> Target | None:
     return find(family.TENSORS, family.PREFIX, name)
 
 
-def tensors(model_type: str, paths: Iterable[str]) -> dict[str, Target]:
-    """The checkpoint that holds these canonical parameters: every tensor, named as transformers names it."""
+def sources(model_type: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Target]:
+    """The tensors that hold canonical parameters of these shapes, without the optional prefix."""
     family = FAMILIES[model_type]
-    names = dict.fromkeys(find_source(family.TENSORS, path) for path in paths)
-    found = {name: find(family.TENSORS, family.PREFIX, name) for name in names}
-    return {name if name.startswith("lm_head") else family.PREFIX + name: t for name, t in found.items() if t}
+    names = dict.fromkeys(
+        name for path, shape in shapes.items() for name in find_sources(family.TENSORS, path, shape[0])
+    )
+    return {name: target for name in names if (target := find(family.TENSORS, family.PREFIX, name))}
 
 
-def source(model_type: str, path: str) -> str:
-    """The tensor that a canonical parameter comes from, without the optional prefix."""
-    return find_source(FAMILIES[model_type].TENSORS, path)
+def tensors(model_type: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Target]:
+    """The same as transformers names them."""
+    prefix = FAMILIES[model_type].PREFIX
+    return {
+        name if name.startswith("lm_head") else prefix + name: target
+        for name, target in sources(model_type, shapes).items()
+    }

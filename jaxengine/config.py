@@ -35,6 +35,24 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts (Shazeer et al. 2017) in place of the MLP: a router chooses some for each token."""
+
+    count: int
+    per_token: int
+    intermediate_size: int  # of each expert
+    normalize: bool  # the weights of a token's experts sum to 1
+    layers: tuple[int, ...]  # those that have experts, ascending; the others have an MLP of ModelConfig's size
+
+    def __post_init__(self):
+        for name in ("count", "per_token", "intermediate_size"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ConfigError(f"experts: {name}={getattr(self, name)!r} must be a positive integer")
+        if self.per_token > self.count:
+            raise ConfigError(f"experts: {self.per_token=} is more than {self.count=}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder in our own words: every option of the checkpoint's config that changes a result, and nothing else."""
 
@@ -52,6 +70,7 @@ class ModelConfig:
     windows: tuple[int | None, ...]  # per layer: how many last positions a token sees, itself included; None = all
     attention_scales: tuple[float, ...]  # per layer: what q @ k is multiplied by
     rope: RopeConfig | None = None  # None: learned positions
+    experts: ExpertsConfig | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -74,6 +93,13 @@ class ModelConfig:
         for name in ("windows", "attention_scales"):
             if len(getattr(self, name)) != self.num_layers:
                 raise ConfigError(f"{name} has {len(getattr(self, name))} entries for {self.num_layers=}")
+        if self.experts and not set(self.experts.layers) <= set(range(self.num_layers)):
+            raise ConfigError(f"{self.experts.layers=} are not all below {self.num_layers=}")
+
+    @property
+    def has_mlp(self) -> bool:
+        """Is there a layer with an MLP, and not experts?"""
+        return self.experts is None or len(self.experts.layers) < self.num_layers
 
 
 @dataclass(frozen=True)
@@ -148,9 +174,12 @@ class EngineConfig:
     compilation_cache: bool | str | Path = True  # False: none; a path: there; True: jax's setting or a default folder
     enforce_eager: bool = False  # compile each program when it is first needed; contradicts warmup=True
     warmup: bool = False  # compile every program before the first request
-    tensor_parallel_size: int = 1  # devices over which each layer is split, the first ones there are
+    # Each layer is split over tensor_parallel_size x expert_parallel_size devices, the first ones there are. Experts
+    # are whole on one of expert_parallel_size groups, and split over the devices of that group.
+    tensor_parallel_size: int = 1
+    expert_parallel_size: int = 1
     data_parallel_size: int = 1  # shards among which requests are divided, each with as many devices
-    mesh: Mesh | None = None  # the same with devices of one's own choice: those of its axes `data` and `tensor`
+    mesh: Mesh | None = None  # the same with devices of one's own choice: its axes `data`, `expert` and `tensor`
 
     def __post_init__(self):
         def check(name: str, ok: bool, want: str):
@@ -179,7 +208,7 @@ class EngineConfig:
             raise UnsupportedError(
                 f"quantization={self.quantization!r}: only unquantized weights are served; leave it None"
             )
-        for axis in ("tensor", "data"):
+        for axis in ("tensor", "expert", "data"):
             name = f"{axis}_parallel_size"
             size = getattr(self, name)
             check(name, _is_int(size) and size > 0, "a positive integer")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxengine.sharding import DATA, TENSOR, named_sharding
+from jaxengine.sharding import DATA, LAYER, axis_size, named_sharding
 
 AXES = ("page", "kv_heads", None, None)
 
@@ -59,7 +59,7 @@ class LayerCache(NamedTuple):
 
 def create_cache(groups: Sequence[CacheGroup], pages: Sequence[int], page_size: int, dtype, mesh: Mesh) -> KVCache:
     """Zeroed pools with `pages[g]` pages, the null page included, for each group g, and each shard of the data axis."""
-    sharding, shards, devices = named_sharding(mesh, AXES), mesh.shape.get(DATA, 1), mesh.shape.get(TENSOR, 1)
+    sharding, shards, devices = named_sharding(mesh, AXES), axis_size(mesh, DATA), axis_size(mesh, LAYER)
 
     def zeros(group: CacheGroup, count: int) -> jax.Array:
         shape = (shards * count, group.kv_heads * devices, page_size, group.head_dim)

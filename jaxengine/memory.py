@@ -37,7 +37,14 @@ def temporary_bytes(model: ModelConfig, sizes: Sizes, max_logprobs: int, dtype: 
     tokens, rows, vocab = sizes.max_num_batched_tokens, sizes.max_num_seqs, model.vocab_size
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     item = jnp.dtype(dtype).itemsize
-    layer = tokens * (4 * model.hidden_size + 3 * heads + 4 * model.intermediate_size) * max(item, 4)
+    inner, wide = 4 * model.intermediate_size if model.has_mlp else 0, max(item, 4)
+    layer = 0
+    if experts := model.experts:  # each token's rows, sorted and multiplied, and where it stands among all experts
+        rows_of_experts = 3 * model.hidden_size + 2 * experts.intermediate_size + experts.count
+        inner = max(inner, experts.per_token * rows_of_experts)
+        if attention != "triton":  # copies an expert's kernels
+            layer = 3 * model.hidden_size * experts.intermediate_size * wide
+    layer += tokens * (4 * model.hidden_size + 3 * heads + inner) * wide
     sampler = 8 * rows * vocab * 4  # logits, distances, weights, noise, and their masks
     scoring = 4 * sizes.prompt_chunk * vocab * 4 + tokens * (max_logprobs + 2) * 8
     partial = 528 * 2 * model.num_heads * model.head_dim * 4  # split-KV results, see pallas_kernels.paged_decode
@@ -57,7 +64,8 @@ def compiling_bytes(model: ModelConfig, sizes: Sizes, dtype: str) -> int:
     tokens, rows, item = sizes.max_num_batched_tokens, max(128, sizes.max_num_seqs), jnp.dtype(dtype).itemsize
     hidden, inner, queries = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
     products = [(tokens, hidden, queries + 2 * model.num_kv_heads * model.head_dim), (tokens, queries, hidden),
-                (tokens, hidden, 2 * inner), (tokens, inner, hidden), (rows, hidden, model.vocab_size)]  # fmt: skip
+                (rows, hidden, model.vocab_size)]  # fmt: skip
+    products += [(tokens, hidden, 2 * inner), (tokens, inner, hidden)] if model.has_mlp else []
     # Two results in float32: a candidate's and what it is compared with.
     return 64 * 2**20 + max(item * (m * k + k * n) + 2 * 4 * m * n for m, k, n in products)
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxengine.sharding import share_ids, total
+from jaxengine.sharding import Axis, share_ids, total
 from jaxengine.step import Mode
 
 DRAW = 0  # purpose of the noise; others get their own number, so that two uses never share bits
@@ -74,7 +74,7 @@ def sample(
     num_logprobs: int = 0,
     logprobs_mode: Literal["raw", "processed"] = "raw",
     whole_vocab: bool = False,
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> Sampled:
     """logits [R, V] of any float type -> one token for each row.
 
@@ -109,7 +109,7 @@ def sample(
     return Sampled(tokens, *found, whole)
 
 
-def argmax(x: jax.Array, axis: str | None = None) -> jax.Array:
+def argmax(x: jax.Array, axis: Axis | None = None) -> jax.Array:
     """x [R, V] -> int32 [R], the lowest index among equals. Two plain reductions: XLA's CPU vectorizes those."""
     x = jax.lax.optimization_barrier(x)  # both must see the same floats, not two computations of them
     vocab = x.shape[-1] if axis is None else x.shape[-1] * jax.lax.axis_size(axis)
@@ -118,12 +118,12 @@ def argmax(x: jax.Array, axis: str | None = None) -> jax.Array:
     return lowest if axis is None else jax.lax.pmin(lowest, axis)
 
 
-def _largest(x: jax.Array, axis: str | None) -> jax.Array:
+def _largest(x: jax.Array, axis: Axis | None) -> jax.Array:
     largest = jnp.max(x, axis=-1, keepdims=True)
     return largest if axis is None else jax.lax.pmax(largest, axis)
 
 
-def _draw(logits: jax.Array, fields: SamplingFields, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
+def _draw(logits: jax.Array, fields: SamplingFields, axis: Axis | None = None) -> tuple[jax.Array, jax.Array]:
     """float32 [R, V] -> tokens int32 [R], and the distance float32 [R] beyond which nothing was drawn."""
     greedy = fields.temperature <= 0
     distance = _scaled_distance(logits, fields, axis)
@@ -183,23 +183,23 @@ def count_tokens(counts: jax.Array, slots: jax.Array, tokens: jax.Array) -> jax.
 # -- how far from the best token
 
 
-def _distance(logits: jax.Array, axis: str | None = None) -> jax.Array:
+def _distance(logits: jax.Array, axis: Axis | None = None) -> jax.Array:
     """float32 [R, V] -> largest logit - logit, 0 or more; infinite for logits of -inf, even if all are."""
     return _best(logits, axis) - logits
 
 
-def _best(logits: jax.Array, axis: str | None = None) -> jax.Array:
+def _best(logits: jax.Array, axis: Axis | None = None) -> jax.Array:
     """float32 [R, V] -> [R, 1]; 0 where all are -inf."""
     best = _largest(logits, axis)
     return jnp.where(best == -jnp.inf, 0.0, best)
 
 
-def _scaled_distance(logits: jax.Array, fields: SamplingFields, axis: str | None = None) -> jax.Array:
+def _scaled_distance(logits: jax.Array, fields: SamplingFields, axis: Axis | None = None) -> jax.Array:
     """The same in units of the temperature, which is 1 for greedy rows."""
     return _distance(logits, axis) / jnp.where(fields.temperature > 0, fields.temperature, 1.0)[:, None]
 
 
-def _limit(distance: jax.Array, fields: SamplingFields, axis: str | None) -> jax.Array:
+def _limit(distance: jax.Array, fields: SamplingFields, axis: Axis | None) -> jax.Array:
     """float32 [R]: the distance up to which min_p, then top_k, then top_p keep tokens, ties included.
 
     top_p is a share of what min_p and top_k leave. For rows that use neither top_k nor top_p nothing is searched.
@@ -248,7 +248,7 @@ def _smallest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
 # -- noise
 
 
-def gumbel(fields: SamplingFields, vocab: int, purpose: int = DRAW, axis: str | None = None) -> jax.Array:
+def gumbel(fields: SamplingFields, vocab: int, purpose: int = DRAW, axis: Axis | None = None) -> jax.Array:
     """Gumbel noise, float32 [R, vocab], a function of seed, sample index, position, purpose and token id alone.
 
     `axis`: see `sample`; `vocab` is then the device's share.

@@ -1,5 +1,6 @@
 """Mesh, logical axes, and the one table of rules that maps them to mesh axes."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,20 +13,25 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxengine.errors import ConfigError, UnsupportedError
 
-TENSOR = "tensor"  # the mesh axis over which every layer is split
-DATA = "data"  # the mesh axis over which requests are, with their rows, slots and pages
+type Axis = str | tuple[str, ...]  # of a mesh; several count as one, of which the first varies slowest
+
+DATA, EXPERT, TENSOR = "data", "expert", "tensor"
+LAYER = (EXPERT, TENSOR)  # the mesh axes over which every layer is split; DATA divides requests
 
 # Logical axis -> mesh axis. None: replicated. A mesh axis may appear once per array; collisions raise.
-RULES: dict[str, str | None] = {
-    "vocab": "tensor",
-    "heads": "tensor",  # flattened heads * head_dim of q
-    "kv_heads": "tensor",
-    "mlp": "tensor",
+RULES: dict[str, Axis | None] = {
+    "vocab": LAYER,
+    "heads": LAYER,  # flattened heads * head_dim of q
+    "kv_heads": LAYER,
+    "mlp": LAYER,
+    "expert": EXPERT,
+    "expert_mlp": TENSOR,
+    "router": None,
     "hidden": None,
     "position": None,
-    "page": "data",
+    "page": DATA,
     "norm": None,
-    "rows": "data",  # of a step, or slots, or tokens
+    "rows": DATA,  # of a step, or slots, or tokens
 }
 
 
@@ -45,46 +51,62 @@ class ParamSpec:
         names = named_sharding(mesh, self.axes).spec
         return NamedSharding(
             mesh,
-            PartitionSpec(*(n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, self.shape))),
+            PartitionSpec(*(n if size % axis_size(mesh, n) == 0 else None for n, size in zip(names, self.shape))),
         )
 
 
-def create_mesh(tensor: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `data x tensor` devices, the first ones unless `devices` names others.
+def create_mesh(tensor: int = 1, data: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data x expert x tensor` devices, the first ones unless `devices` names others.
 
     Raises ConfigError when there are fewer devices than asked for.
     """
     devices = jax.devices() if devices is None else devices
-    if len(devices) < data * tensor:
-        raise ConfigError(f"{tensor=} x {data=} needs {data * tensor} devices, there are {len(devices)}")
-    grid = np.asarray(devices[: data * tensor]).reshape(data, tensor)
-    return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))
+    needed = data * expert * tensor
+    if len(devices) < needed:
+        raise ConfigError(f"{tensor=} x {expert=} x {data=} needs {needed} devices, there are {len(devices)}")
+    grid = np.asarray(devices[:needed]).reshape(data, expert, tensor)
+    return Mesh(grid, (DATA, EXPERT, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
 def as_created(mesh: Mesh) -> Mesh:
-    """The devices of a mesh of which no axis but `data` and `tensor` has several, as `create_mesh` has them.
+    """The devices of a mesh of which no axes but `data`, `expert` and `tensor` have several, as `create_mesh` has them.
 
     Raises UnsupportedError for other meshes.
     """
-    data, tensor = mesh.shape.get(DATA, 1), mesh.shape.get(TENSOR, 1)
-    if data * tensor != mesh.size:
+    names = (DATA, EXPERT, TENSOR)
+    if axis_size(mesh, names) != mesh.size:
         raise UnsupportedError(
-            f"mesh {dict(mesh.shape)}: only the axes {DATA!r} and {TENSOR!r} may have several devices, as in "
-            f'Mesh(devices, ("{DATA}", "{TENSOR}"))'
+            f"mesh {dict(mesh.shape)}: only the axes {DATA!r}, {EXPERT!r} and {TENSOR!r} may have several devices, as "
+            f'in Mesh(devices, ("{DATA}", "{TENSOR}"))'
         )
-    tensor_last = sorted(range(mesh.devices.ndim), key=lambda i: mesh.axis_names[i] == TENSOR)
-    return create_mesh(tensor, data, mesh.devices.transpose(tensor_last).flatten().tolist())
+    order = sorted(range(mesh.devices.ndim), key=lambda i: (*names, mesh.axis_names[i]).index(mesh.axis_names[i]))
+    devices = mesh.devices.transpose(order).flatten().tolist()
+    data, expert, tensor = (mesh.shape.get(name, 1) for name in names)
+    return create_mesh(tensor, data, expert, devices)
+
+
+def axis_size(mesh: Mesh, axis: Axis | None) -> int:
+    """Its devices; 1 for axes that the mesh has not."""
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    return math.prod(mesh.shape.get(name, 1) for name in names)
 
 
 @cache  # a fresh NamedSharding in each step defeats jit's fast dispatch path
 def named_sharding(mesh: Mesh, axes: tuple[str | None, ...] = ()) -> NamedSharding:
     """The sharding of an array whose dimensions have these logical axes; `()` replicates."""
-    names = [None if axis is None else RULES[axis] for axis in axes]
-    names = [name if name in mesh.axis_names else None for name in names]
-    used = [name for name in names if name is not None]
+    names = [_present(mesh, None if axis is None else RULES[axis]) for axis in axes]
+    used = [axis for name in names for axis in ((name,) if isinstance(name, str) else name or ())]
     if len(used) != len(set(used)):
         raise ValueError(f"logical {axes=} map two dimensions to one mesh axis: {names}")
     return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def _present(mesh: Mesh, axis: Axis | None) -> Axis | None:
+    """The part of it that the mesh has."""
+    if axis is None or isinstance(axis, str):
+        return axis if axis in mesh.axis_names else None
+    found = tuple(name for name in axis if name in mesh.axis_names)
+    return found if len(found) > 1 else found[0] if found else None
 
 
 def on_each_device(function: Callable, arguments: tuple, specs: tuple, out: Any, mesh: Mesh) -> tuple[Callable, tuple]:
@@ -107,17 +129,17 @@ def on_each_device(function: Callable, arguments: tuple, specs: tuple, out: Any,
 # -- inside such a program, over an axis of the mesh; None: it runs on one device
 
 
-def share_ids(size: int, axis: str | None, dtype=jnp.int32) -> jax.Array:
+def share_ids(size: int, axis: Axis | None, dtype=jnp.int32) -> jax.Array:
     """Where this device's `size` entries stand in an array that is split evenly over `axis`, [size]."""
     ids = jnp.arange(size, dtype=dtype)
     return ids if axis is None else ids + jax.lax.axis_index(axis).astype(dtype) * size
 
 
-def gather(x: jax.Array, axis: str | None) -> jax.Array:
+def gather(x: jax.Array, axis: Axis | None) -> jax.Array:
     """The whole of an array whose last dimension is split over `axis`."""
     return x if axis is None else jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
 
 
-def total(x: jax.Array, axis: str | None) -> jax.Array:
+def total(x: jax.Array, axis: Axis | None) -> jax.Array:
     """The sum of what the devices of `axis` have."""
     return x if axis is None else jax.lax.psum(x, axis)

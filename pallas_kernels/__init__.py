@@ -8,6 +8,12 @@ The kernels compile for NVIDIA GPUs of compute capability 8.0 and above, or run 
 
 from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from pallas_kernels.gated_activation import gated_activation, gated_activation_reference
+from pallas_kernels.grouped_matmul import (
+    grouped_gated_matmul,
+    grouped_gated_matmul_reference,
+    grouped_matmul,
+    grouped_matmul_reference,
+)
 from pallas_kernels.kv_write import kv_write, kv_write_reference
 from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
 from pallas_kernels.paged_extend import paged_extend, paged_extend_reference
@@ -18,6 +24,10 @@ __all__ = [
     "add_rms_norm_reference",
     "gated_activation",
     "gated_activation_reference",
+    "grouped_gated_matmul",
+    "grouped_gated_matmul_reference",
+    "grouped_matmul",
+    "grouped_matmul_reference",
     "kv_write",
     "kv_write_reference",
     "paged_decode",

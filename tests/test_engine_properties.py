@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jaxengine import SamplingParams
 from tests.tiny_llm import VOCAB, check_integrity, count_ties, fresh_llm, shared_llm
 
-KINDS = pytest.mark.parametrize("kind", ["llama", "windows"])
+KINDS = pytest.mark.parametrize("kind", ["llama", "windows", pytest.param("experts", marks=pytest.mark.full)])
 
 
 def prompt(length, seed=0):

@@ -146,6 +146,15 @@ def test_config_of_every_kind(checkpoint, params):
             checkpoint_in_memory(params, config)
 
 
+def test_experts_come_stacked(tmp_path):
+    want = load_params(open_checkpoint(tiny.write_checkpoint("mixtral", tmp_path)), "float32", create_mesh())
+    opened = checkpoint_in_memory(want, tiny.config("mixtral"))
+    assert load_params(opened, "float32", create_mesh(), borrow=True) == want
+    path = r"layers\.\d\.mlp\.experts\.\w+_proj\.kernel \[experts, in, out\]"
+    with pytest.raises(CheckpointError, match=rf"w\d\.weight is one of the experts: .* as {path}"):
+        checkpoint_in_memory(tiny.tensors("mixtral"), tiny.config("mixtral"))
+
+
 @pytest.mark.parametrize("variant", ["llama", "gpt2", "qwen3"])
 def test_names_of_transformers(variant, tmp_path):
     want = load_params(open_checkpoint(tiny.write_checkpoint(variant, tmp_path / variant)), "float32", create_mesh())

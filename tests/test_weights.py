@@ -45,7 +45,7 @@ def rewritten(folder, variant="llama", remove=(), **added):
 
 
 @pytest.mark.parametrize(
-    "variant", ["llama_biases", "mistral", "qwen2_legacy", "qwen3", "gpt2_untied_eps", "gpt2_bare"]
+    "variant", ["llama_biases", "mistral", "qwen2_legacy", "qwen3", "gpt2_untied_eps", "gpt2_bare", "mixtral"]
 )
 def test_every_parameter_is_placed(tmp_path, mesh, variant):
     checkpoint = open_checkpoint(tiny.write_checkpoint(variant, tmp_path, shards=2))
@@ -148,7 +148,52 @@ def test_the_usual_dtype_stands_for_one_not_said(tmp_path):
     assert open_checkpoint(tmp_path).config.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("variant", "names"),
+    [("mixtral", "block_sparse_moe.experts.{}.w{}"), ("qwen3_moe_dense_layer", "mlp.experts.{}.{}_proj")],
+)
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_experts_are_stacked(tmp_path, mesh, variant, names, platform, monkeypatch):
+    place = loading._place
+    monkeypatch.setattr(loading, "_place", lambda *args: place(*args[:-1], platform))
+    checkpoint = open_checkpoint(tiny.write_checkpoint(variant, tmp_path))
+    arrays, params = tiny.tensors(variant), load_params(checkpoint, "float32", mesh)
+    for part, theirs in {"gate": 1, "up": 3, "down": 2}.items():
+        found = params[f"layers.2.mlp.experts.{part}_proj.kernel"]
+        assert len(found) == checkpoint.config.experts.count
+        for expert, kernel in enumerate(found):
+            name = f"model.layers.2.{names.format(expert, theirs if variant == 'mixtral' else part)}.weight"
+            np.testing.assert_array_equal(kernel, arrays[name].T)
+
+
 # -- faults of tensors
+
+
+def test_faults_of_experts_name_each(tmp_path, mesh):
+    expert = "model.layers.{}.mlp.experts.{}.{}_proj.weight"
+    checkpoint = rewritten(
+        tmp_path,
+        "qwen3_moe_dense_layer",
+        remove=(expert.format(2, 7, "up"), "model.layers.0.mlp.gate.weight"),
+        **{
+            expert.format(0, 8, "up"): np.zeros((48, 64), np.float32),
+            expert.format(1, 0, "up"): np.zeros((48, 64), np.float32),
+            expert.format(0, 3, "down"): np.zeros((48, 64), np.float32),
+            expert.format(2, 1, "gate")[6:]: np.zeros((48, 64), np.float32),
+        },
+    )
+    with pytest.raises(CheckpointError) as caught:
+        load_params(checkpoint, "float32", mesh)
+    lines = {line.strip() for line in str(caught.value).splitlines()[1:]}
+    [twice] = {line for line in lines if line.startswith("twice: ")}
+    assert twice.count("layers.2.mlp.experts.1.gate_proj.weight") == 2
+    assert lines - {twice} == {
+        "missing: layers.2.mlp.experts.7.up_proj.weight",
+        "missing: layers.0.mlp.gate.weight",
+        "unexpected: model.layers.0.mlp.experts.8.up_proj.weight [48, 64]",
+        "unexpected: model.layers.1.mlp.experts.0.up_proj.weight [48, 64]",
+        "of shape [48, 64], where the config says [64, 48]: model.layers.0.mlp.experts.3.down_proj.weight",
+    }
 
 
 def test_every_fault_of_the_tensors_at_once(tmp_path, mesh):

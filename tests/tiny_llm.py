@@ -26,6 +26,8 @@ CONFIGS = {
     "windows": SIZES | {"model_type": "qwen2", "num_hidden_layers": 3, "architectures": ["Qwen2ForCausalLM"],
                         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
                         "sliding_window": WINDOW, "use_sliding_window": True},
+    "experts": SIZES | {"model_type": "mixtral", "num_hidden_layers": 2, "architectures": ["MixtralForCausalLM"],
+                        "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
 }  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -49,6 +51,13 @@ def tensors(kind="llama"):
         if config["model_type"] == "qwen2":
             parts |= {"self_attn.q_proj.bias": (hidden,), "self_attn.k_proj.bias": (kv,),
                       "self_attn.v_proj.bias": (kv,)}  # fmt: skip
+        if config["model_type"] == "mixtral":
+            parts = {name: shape for name, shape in parts.items() if not name.startswith("mlp.")}
+            parts["block_sparse_moe.gate.weight"] = (config["num_local_experts"], hidden)
+            for expert in range(config["num_local_experts"]):
+                at = f"block_sparse_moe.experts.{expert}"
+                parts |= {f"{at}.w1.weight": (inner, hidden), f"{at}.w3.weight": (inner, hidden),
+                          f"{at}.w2.weight": (hidden, inner)}  # fmt: skip
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in parts.items()}
     return {name: tiny.tensor(name, shape) for name, shape in shapes.items()}
 

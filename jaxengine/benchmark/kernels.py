@@ -1,4 +1,4 @@
-"""The attention kernels' speed on a GPU, as shares of what the card reads and multiplies in the same run.
+"""The speed of attention's and experts' kernels on a GPU, as shares of what it reads and multiplies in the same run.
 
 Each call runs an op several times in one program, each time on other pages than the last (more than the L2 holds) and
 on the result of the one before. A sample is many calls queued; the figure is the median of the samples.
@@ -30,11 +30,21 @@ class Heads(NamedTuple):
     dim: int
 
 
+class Experts(NamedTuple):
+    """Of one layer."""
+
+    number: int
+    per_token: int
+    hidden: int
+    inner: int
+
+
 # What a card reads (bytes/s) and multiplies (operations/s) through JAX. A run that does not reach it was disturbed.
 KNOWN_LIMITS = {"H200": (4.44e12, 790e12)}
 TOLERANCE = 0.03
 PAGE, BLOCK_Q, L2_BYTES = 16, 64, 60e6
 OPS = 16  # in one program, at least
+FLOPS_PER_BYTE = 180  # from which multiplying takes a Hopper card longer than reading
 LLAMA_8B = Heads(32, 8, 128)
 
 
@@ -57,6 +67,13 @@ DECODE: dict[str, tuple[Sequence[int], Heads]] = {
 }
 EXTEND = (2048, 4096, 8192, 16384)  # new tokens of one row
 WRITE = (128, 8192)  # tokens
+QWEN3_30B, MIXTRAL_8X7B = Experts(128, 8, 2048, 768), Experts(8, 2, 4096, 14336)
+# Tokens of a step, each with random experts.
+EXPERTS: dict[str, tuple[int, Experts]] = {
+    f"{name} experts, {tokens} tokens": (tokens, experts)
+    for name, experts in (("Qwen3-30B", QWEN3_30B), ("Mixtral", MIXTRAL_8X7B))
+    for tokens in (2, 32, 256, 8192)
+}
 
 
 def run(on_case: Callable[[int, int], None] = lambda done, total: None) -> Result:
@@ -70,6 +87,7 @@ def run(on_case: Callable[[int, int], None] = lambda done, total: None) -> Resul
     cases: list[Callable[[], list[Result]]] = [partial(time_decode, name, *case) for name, case in DECODE.items()]
     cases += [partial(time_extend, tokens) for tokens in EXTEND]
     cases += [partial(time_write, tokens) for tokens in WRITE]
+    cases += [partial(time_experts, name, *case) for name, case in EXPERTS.items()]
     results = []
     for done, case in enumerate(cases, 1):
         results += case()
@@ -224,6 +242,40 @@ def time_write(tokens: int, heads: Heads = LLAMA_8B, pages: int = 2**16) -> list
     size = tokens * heads.kv * heads.dim * 2 * 4
     return [{"op": f"kv_write {tokens}", "us": time_s * 1e6, "spread": spread, "bytes": size,
              "bytes_per_s": size / time_s, "error": error(written, k)}]  # fmt: skip
+
+
+def time_experts(name: str, tokens: int, shape: Experts) -> list[Result]:
+    """Both grouped products of a layer, on rows that are sorted already; each op of a program has its own routing.
+
+    Bound by reading the kernels of the experts that are hit, or by multiplying: whichever takes the card longer.
+    """
+    rng = np.random.default_rng(0)
+    chosen = [np.argsort(rng.random((tokens, shape.number)), axis=1)[:, : shape.per_token] for _ in range(OPS)]
+    sizes = [np.bincount(each.ravel(), minlength=shape.number).astype(np.int32) for each in chosen]
+    into, back = (shape.number, shape.hidden, shape.inner), (shape.number, shape.inner, shape.hidden)
+    gate, up = (normal(seed, *into) / shape.hidden**0.5 for seed in (1, 2))
+    down = normal(3, *back) * 2 / shape.inner**0.5  # what comes out is about as large as what goes in
+    x = normal(4, tokens * shape.per_token, shape.hidden)
+
+    def layer(suffix, x, gate, up, down, sizes):
+        gated, plain = (getattr(kernels, f"grouped_{kind}matmul{suffix}") for kind in ("gated_", ""))
+        return plain(gated(x, gate, up, sizes, jax.nn.silu), down, sizes)
+
+    difference = error(*(layer(suffix, x, gate, up, down, sizes[0]) for suffix in ("", "_reference")))
+
+    @jax.jit
+    def chain(x, gate, up, down, sizes):
+        for each in sizes:
+            x = layer("", x, gate, up, down, each)
+        return x
+
+    time_s, spread = seconds(lambda: chain(x, gate, up, down, sizes), OPS)
+    one = 3 * shape.hidden * shape.inner
+    hit, flops = float(np.mean([(each > 0).sum() for each in sizes])), 2 * one * x.shape[0]
+    result = {"op": name, "us": time_s * 1e6, "spread": spread, "error": difference}
+    if flops / (2 * one * hit) > FLOPS_PER_BYTE:
+        return [result | {"flops": flops, "flops_per_s": flops / time_s}]
+    return [result | {"bytes": 2 * one * hit, "bytes_per_s": 2 * one * hit / time_s}]
 
 
 def error(out: jax.Array, expected: jax.Array) -> float:

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxengine.sharding import share_ids, total
+from jaxengine.sharding import Axis, share_ids, total
 
 
 class Embedding(nnx.Module):
     """A table [entries, hidden], read by row; its rows may be split over a mesh axis."""
 
-    def __init__(self, params: Mapping[str, jax.Array], axis: str | None = None):
+    def __init__(self, params: Mapping[str, jax.Array], axis: Axis | None = None):
         self.embedding, self.axis = nnx.Param(params["embedding"]), axis
 
     def __call__(self, ids: jax.Array) -> jax.Array:

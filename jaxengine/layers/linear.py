@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxengine.sharding import total
+from jaxengine.sharding import Axis, total
 
 FEW_TOKENS = 64  # up to so many, a CPU multiplies [out, in] by [in, tokens] faster than [tokens, in] by [in, out]
 
@@ -22,7 +22,7 @@ class Linear(nnx.Module):
     `axis`: the mesh axis over which `in` is split; the devices' products are summed.
     """
 
-    def __init__(self, params: Mapping[str, jax.Array], axis: str | None = None):
+    def __init__(self, params: Mapping[str, jax.Array], axis: Axis | None = None):
         self.axis = axis
         self.kernel = nnx.Param(params["kernel"]) if "kernel" in params else None
         self.kernel_t = nnx.Param(params["kernel_t"]) if "kernel_t" in params else None

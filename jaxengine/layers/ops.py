@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxengine.kv_cache import write_pages
-from jaxengine.layers import xla_attention
+from jaxengine.layers import xla_attention, xla_grouped
 from jaxengine.layers.activation import ERF
 from jaxengine.layers.norm import rms_norm
 from jaxengine.layers.rope import apply_rope
@@ -25,6 +25,8 @@ class Ops(NamedTuple):
 
     add_rms_norm: Callable
     gated_activation: Callable
+    grouped_gated_matmul: Callable
+    grouped_matmul: Callable
     kv_write: Callable
     paged_decode: Callable
     paged_extend: Callable
@@ -36,7 +38,8 @@ def ops(implementation: Implementation) -> Ops:
     """The operations of an implementation; the kernels' imports cost time that the CPU need not pay."""
     if implementation == "xla":
         attention = xla_attention.paged_decode, xla_attention.paged_extend
-        return Ops(_add_rms_norm, _gated_activation, _kv_write, *attention, _rope_write)
+        grouped = xla_grouped.grouped_gated_matmul, xla_grouped.grouped_matmul
+        return Ops(_add_rms_norm, _gated_activation, *grouped, _kv_write, *attention, _rope_write)
     import pallas_kernels as kernels
 
     suffix = "_reference" if implementation == "reference" else ""
@@ -47,7 +50,12 @@ def ops(implementation: Implementation) -> Ops:
     def gated_activation(x, activation):
         return (_gated_activation if activation is ERF else kernels.gated_activation)(x, activation)
 
-    return found._replace(gated_activation=gated_activation)
+    def grouped_gated_matmul(x, gate, up, sizes, activation):
+        if activation is not ERF:
+            return kernels.grouped_gated_matmul(x, gate, up, sizes, activation)
+        return activation(kernels.grouped_matmul(x, gate, sizes)) * kernels.grouped_matmul(x, up, sizes)
+
+    return found._replace(gated_activation=gated_activation, grouped_gated_matmul=grouped_gated_matmul)
 
 
 def _add_rms_norm(x, y, scale, *, eps) -> tuple[jax.Array, jax.Array]:

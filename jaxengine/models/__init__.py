@@ -1,7 +1,9 @@
 """The registry: `model_type` -> the parameters and the module of a family.
 
 The canonical layout is public: a flat dict from a dotted path to an array, unfused, kernels `[in, out]`, names as
-transformers has them (`layers.0.self_attn.q_proj.kernel`). `prepare` turns it into what the step runs.
+transformers has them (`layers.0.self_attn.q_proj.kernel`). The experts of a layer are stacked, `[experts, in, out]`
+(`layers.0.mlp.experts.up_proj.kernel`); their router is `layers.0.mlp.gate.kernel`. `prepare` turns it into what
+the step runs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,12 +20,15 @@ from jax.sharding import Mesh, NamedSharding
 from jaxengine.config import ModelConfig
 from jaxengine.errors import ConfigError, UnsupportedModelError
 from jaxengine.models import gpt2, llama
-from jaxengine.sharding import TENSOR, ParamSpec, named_sharding
+from jaxengine.sharding import EXPERT, LAYER, TENSOR, Axis, ParamSpec, axis_size, named_sharding
 
-# Mistral, Qwen2 and Qwen3 are Llama with options that ModelConfig carries: windows, biases, norms on q and k.
-FAMILIES = {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama, "gpt2": gpt2}
+# All but GPT-2 are Llama with options that ModelConfig carries: windows, biases, norms on q and k, experts.
+FAMILIES = {
+    "llama": llama, "mistral": llama, "mixtral": llama, "qwen2": llama, "qwen3": llama, "qwen3_moe": llama,
+    "gpt2": gpt2,
+}  # fmt: skip
 
-# Kernels with the same input that `prepare` joins into one.
+# Kernels with the same input that `prepare` joins into one. Those of experts stay apart: one op reads gate and up.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 GROUPS = {"qkv", "gate_up"}  # Projections: nodes of a module's state that canonical paths do without
@@ -40,21 +45,36 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     return family(config).param_specs(config)
 
 
-def one_share(config: ModelConfig, devices: int) -> ModelConfig:
-    """The model as each of `devices` has it: its heads and MLP columns; where there are fewer KV heads, a whole one.
+def one_share(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """The model as each device has it: its heads and MLP columns; where there are fewer KV heads, a whole one. Of the
+    experts those of its group, and of them its columns.
 
     Raises ConfigError for what does not divide.
     """
+    experts, devices = config.experts, axis_size(mesh, LAYER)
+    groups, columns = axis_size(mesh, EXPERT), axis_size(mesh, TENSOR)
+    if groups > 1 and (experts is None or experts.count % groups):
+        has = f"has {experts.count} experts" if experts else "has no experts"
+        raise ConfigError(f"expert_parallel_size={groups} must divide the experts, this {config.model_type} {has}")
 
     def fits(count: int) -> bool:
-        kv_heads_fit = config.num_kv_heads % count == 0 or count % config.num_kv_heads == 0
-        return kv_heads_fit and config.num_heads % count == 0 and config.intermediate_size % count == 0
+        """For so many devices, in the groups there are."""
+        return (
+            (config.num_kv_heads % count == 0 or count % config.num_kv_heads == 0)
+            and config.num_heads % count == 0
+            and (not config.has_mlp or config.intermediate_size % count == 0)
+            and (experts is None or experts.intermediate_size % (count // groups) == 0)
+        )
 
     if not fits(devices):
+        inner = f"intermediate_size={config.intermediate_size}" if config.has_mlp else ""
+        of_experts = f"the experts' intermediate_size={experts.intermediate_size}" if experts else ""
+        across = f" x expert_parallel_size={groups}" if groups > 1 else ""
         raise ConfigError(
-            f"tensor_parallel_size={devices} does not divide num_heads={config.num_heads}, "
+            f"tensor_parallel_size={columns}{across} does not divide num_heads={config.num_heads}, "
             f"num_kv_heads={config.num_kv_heads} (or is not a multiple of it) and "
-            f"intermediate_size={config.intermediate_size}; use one of {[n for n in range(1, devices) if fits(n)]}"
+            f"{' and '.join(filter(None, (inner, of_experts)))}; "
+            f"use one of {[n for n in range(1, columns) if fits(n * groups)]}"
         )
     if devices == 1:
         return config
@@ -62,14 +82,15 @@ def one_share(config: ModelConfig, devices: int) -> ModelConfig:
         config,
         num_heads=config.num_heads // devices,
         num_kv_heads=max(1, config.num_kv_heads // devices),
-        intermediate_size=config.intermediate_size // devices,
+        intermediate_size=config.intermediate_size // devices if config.has_mlp else config.intermediate_size,
+        experts=experts and replace(experts, intermediate_size=experts.intermediate_size // columns),
     )
 
 
-def build(config: ModelConfig, params: Mapping[str, Any], max_model_len: int, axis: str | None = None) -> nnx.Module:
+def build(config: ModelConfig, params: Mapping[str, Any], max_model_len: int, axis: Axis | None = None) -> nnx.Module:
     """The family's module over these arrays (canonical or prepared), not copied.
 
-    `max_model_len`, in tokens, decides between the two factor sets of longrope. `axis`: the mesh axis that the arrays
+    `max_model_len`, in tokens, decides between the two factor sets of longrope. `axis`: the mesh axes that the arrays
     are split over; `config` is then `one_share`.
     """
     return family(config).Model(config, nest(params), max_model_len, axis)
@@ -135,13 +156,13 @@ def prepare(
     if not fuse:
         return dict(params)
     for fused, parts in FUSED.items():
-        for path in [path for path in params if path.split(".")[-2] == parts[0]]:
+        for path in [path for path in params if path.split(".")[-2] == parts[0] and params[path].ndim < 3]:
             scope, kind = path.removesuffix(path.split(parts[0])[-1]).removesuffix(parts[0]), path.split(".")[-1]
             sharding = params[path].sharding if mesh is not None else None
             apart = [params.pop(f"{scope}{part}.{kind}") for part in parts]
             params[f"{scope}{fused}.{kind}"] = _concatenate(apart, sharding)
     if transpose:
-        for path in [path for path in params if path.endswith(".kernel")]:
+        for path in [path for path in params if path.endswith(".kernel") and params[path].ndim < 3]:
             params[f"{path}_t"] = _transpose(params.pop(path))
     if config.tie_word_embeddings:
         embedding = params["embed_tokens.embedding"]
@@ -150,7 +171,7 @@ def prepare(
 
 
 def _fit(config: ModelConfig, params: dict[str, jax.Array], mesh: Mesh) -> None:
-    devices = mesh.shape[TENSOR]
+    devices = axis_size(mesh, LAYER)
     copies, padding = max(1, devices // config.num_kv_heads), -config.vocab_size % devices
     for path, axes in logical_axes(config, params).items():
         sharding = named_sharding(mesh, axes)

@@ -14,7 +14,7 @@ from jaxengine.layers.embedding import Embedding
 from jaxengine.layers.linear import Linear, Projections
 from jaxengine.layers.norm import LayerNorm
 from jaxengine.models import llama
-from jaxengine.sharding import ParamSpec
+from jaxengine.sharding import Axis, ParamSpec
 
 
 def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -26,7 +26,7 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int, axis: str | None):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int, axis: Axis | None):
         self.head_dim, self.window, self.scale = config.head_dim, config.windows[layer], config.attention_scales[layer]
         width = config.num_heads * config.head_dim
         self.qkv = Projections(params, ("q_proj", "k_proj", "v_proj"), "qkv_proj", (width, width, width))
@@ -40,7 +40,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], axis: str | None):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], axis: Axis | None):
         self.up_proj, self.down_proj = Linear(params["up_proj"]), Linear(params["down_proj"], axis)
         self.activation = config.activation
 
@@ -49,7 +49,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int, axis: str | None):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], layer: int, axis: Axis | None):
         self.input_layernorm = LayerNorm(params["input_layernorm"], config.norm_eps)
         self.self_attn = Attention(config, params["self_attn"], layer, axis)
         self.post_attention_layernorm = LayerNorm(params["post_attention_layernorm"], config.norm_eps)
@@ -63,7 +63,7 @@ class Layer(nnx.Module):
 
 
 class Model(llama.Model):
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], max_model_len: int, axis: str | None = None):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], max_model_len: int, axis: Axis | None = None):
         self.vocab_size, self.axis = config.vocab_size, axis
         self.embed_tokens = Embedding(params["embed_tokens"], axis)
         self.embed_positions = Embedding(params["embed_positions"])

@@ -1,4 +1,5 @@
-"""Llama, and the families that are Llama with options: Mistral (windows), Qwen2 (QKV bias), Qwen3 (norms on q and k).
+"""Llama, and the families that are Llama with options: Mistral (windows), Qwen2 (QKV bias), Qwen3 (norms on q and k),
+Mixtral and Qwen3-MoE (experts).
 
 Source: Touvron et al. 2023 and transformers' modeling files; options come from ModelConfig.
 """
@@ -17,10 +18,11 @@ from jaxengine.layers.activation import ACTIVATIONS
 from jaxengine.layers.attention import AttentionInputs, LayerInputs, attend, rotate_and_write
 from jaxengine.layers.embedding import Embedding
 from jaxengine.layers.linear import Linear, Projections, precision
+from jaxengine.layers.moe import MoE
 from jaxengine.layers.norm import RMSNorm
-from jaxengine.layers.ops import Implementation, ops
+from jaxengine.layers.ops import ops
 from jaxengine.layers.rope import rope_angles, rope_frequencies
-from jaxengine.sharding import ParamSpec, gather, share_ids
+from jaxengine.sharding import Axis, ParamSpec, gather, share_ids
 
 
 def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -47,6 +49,14 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
             norm(f"{layer}.self_attn.k_norm", c.head_dim)
         linear(f"{layer}.self_attn.o_proj", (q, c.hidden_size), ("heads", "hidden"), c.o_bias)
         norm(f"{layer}.post_attention_layernorm", c.hidden_size)
+        if c.experts and i in c.experts.layers:
+            count, inner = c.experts.count, c.experts.intermediate_size
+            linear(f"{layer}.mlp.gate", (c.hidden_size, count), ("hidden", "router"), False)
+            wide = ParamSpec((count, c.hidden_size, inner), ("expert", "hidden", "expert_mlp"))
+            specs[f"{layer}.mlp.experts.gate_proj.kernel"] = specs[f"{layer}.mlp.experts.up_proj.kernel"] = wide
+            narrow = ParamSpec((count, inner, c.hidden_size), ("expert", "expert_mlp", "hidden"))
+            specs[f"{layer}.mlp.experts.down_proj.kernel"] = narrow
+            continue
         linear(f"{layer}.mlp.gate_proj", (c.hidden_size, c.intermediate_size), ("hidden", "mlp"), c.mlp_bias)
         linear(f"{layer}.mlp.up_proj", (c.hidden_size, c.intermediate_size), ("hidden", "mlp"), c.mlp_bias)
         linear(f"{layer}.mlp.down_proj", (c.intermediate_size, c.hidden_size), ("mlp", "hidden"), c.mlp_bias)
@@ -60,7 +70,7 @@ class Attention(nnx.Module):
     """Grouped-query attention with rotary positions over the paged cache."""
 
     def __init__(
-        self, config: ModelConfig, params: Mapping[str, Any], layer: int, max_model_len: int, axis: str | None
+        self, config: ModelConfig, params: Mapping[str, Any], layer: int, max_model_len: int, axis: Axis | None
     ):
         c = config
         self.head_dim, self.window, self.scale = c.head_dim, c.windows[layer], c.attention_scales[layer]
@@ -86,13 +96,14 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], axis: str | None):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], axis: Axis | None):
         width = config.intermediate_size
         self.gate_up = Projections(params, ("gate_proj", "up_proj"), "gate_up_proj", (width, width))
         self.down_proj = Linear(params["down_proj"], axis)
         self.activation = config.activation
 
-    def __call__(self, x: jax.Array, implementation: Implementation) -> jax.Array:
+    def __call__(self, x: jax.Array, inputs: LayerInputs) -> jax.Array:
+        implementation = inputs.step.implementation
         gated = ops(implementation).gated_activation(self.gate_up.joined(x), ACTIVATIONS[self.activation])
         return self.down_proj(gated)
 
@@ -106,22 +117,22 @@ class Residual(NamedTuple):
 
 class Layer(nnx.Module):
     def __init__(
-        self, config: ModelConfig, params: Mapping[str, Any], layer: int, max_model_len: int, axis: str | None
+        self, config: ModelConfig, params: Mapping[str, Any], layer: int, max_model_len: int, axis: Axis | None
     ):
         self.input_layernorm = RMSNorm(params["input_layernorm"], config.norm_eps)
         self.self_attn = Attention(config, params["self_attn"], layer, max_model_len, axis)
         self.post_attention_layernorm = RMSNorm(params["post_attention_layernorm"], config.norm_eps)
-        self.mlp = MLP(config, params["mlp"], axis)
+        has_experts = config.experts is not None and layer in config.experts.layers
+        self.mlp = MoE(config, params["mlp"], axis) if has_experts else MLP(config, params["mlp"], axis)
 
     def __call__(self, x: Residual, inputs: LayerInputs, cache: LayerCache) -> tuple[Residual, LayerCache]:
-        implementation = inputs.step.implementation
-        add_rms_norm = ops(implementation).add_rms_norm
+        add_rms_norm = ops(inputs.step.implementation).add_rms_norm
         norm = self.input_layernorm
         total, y = add_rms_norm(*x, norm.scale[...], eps=norm.eps)
         y, cache = self.self_attn(y, inputs, cache)
         norm = self.post_attention_layernorm
         total, y = add_rms_norm(total, y, norm.scale[...], eps=norm.eps)
-        return Residual(total, self.mlp(y, implementation)), cache
+        return Residual(total, self.mlp(y, inputs)), cache
 
 
 @partial(jax.jit, static_argnums=0)
@@ -138,7 +149,7 @@ class Model(nnx.Module):
     `axis`: the mesh axis over which the heads, the MLP and the vocabulary are split; `config` is then a device's share.
     """
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], max_model_len: int, axis: str | None = None):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], max_model_len: int, axis: Axis | None = None):
         self.vocab_size, self.axis = config.vocab_size, axis
         self.embed_tokens = Embedding(params["embed_tokens"], axis)
         self.layers = nnx.List(

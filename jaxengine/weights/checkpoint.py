@@ -13,7 +13,7 @@ from converters import ConversionError, UnsupportedOptionError
 from converters.attributes import DTYPES, token_ids
 from converters.families import model_config
 from converters.safetensors_reader import SafetensorsCheckpoint
-from jaxengine.config import ModelConfig, ParamRule, RopeConfig
+from jaxengine.config import ExpertsConfig, ModelConfig, ParamRule, RopeConfig
 from jaxengine.errors import CheckpointError, ConfigError, UnsupportedModelError
 from jaxengine.weights.hub import TOKENIZER_FILES, locate
 from jaxengine.weights.orbax_layouts import find_item, homes, recognize
@@ -224,6 +224,8 @@ def read_config(hf_config: Mapping[str, Any], dtype: str, more_ends: tuple[int, 
     arguments.setdefault("dtype", dtype)
     if arguments.get("rope"):
         arguments["rope"] = RopeConfig(**arguments["rope"])
+    if arguments.get("experts"):
+        arguments["experts"] = ExpertsConfig(**arguments["experts"])
     # transformers' default ids may lie beyond a small vocabulary: such a token is never drawn.
     ends = dict.fromkeys((*arguments["eos_token_ids"], *more_ends))
     arguments["eos_token_ids"] = tuple(i for i in ends if i < arguments["vocab_size"])

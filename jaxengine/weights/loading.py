@@ -73,20 +73,29 @@ def check_params(checkpoint: Checkpoint) -> None:
 def _stream(
     checkpoint: Checkpoint, specs: Mapping[str, ParamSpec], dtype: str, mesh: jax.sharding.Mesh, report: OnTensor
 ) -> dict[str, jax.Array]:
-    plan = plan_tensors(checkpoint, specs)
+    plan, shapes = plan_tensors(checkpoint, specs), _shapes(checkpoint.config, specs)
+    jobs: dict[tuple[str, ...], list[str]] = {}  # parameters -> the tensors that hold them: one, or each expert's
+    for name, target in plan.items():
+        jobs.setdefault(target.paths, []).append(name)
 
-    def load(name: str, target: Target) -> list[jax.Array]:
-        array = checkpoint.reader.read(name).astype(jax.numpy.dtype(dtype), copy=False)
+    def load(names: list[str]) -> list[jax.Array]:
+        target, kind = plan[names[0]], jax.numpy.dtype(dtype)
+        if target.index is None:
+            array = checkpoint.reader.read(names[0]).astype(kind, copy=False)
+        else:
+            array = np.empty((len(names), *target.stored_shape(shapes)), kind)
+            for name in names:
+                array[plan[name].index] = checkpoint.reader.read(name)
         return jax.block_until_ready(_place(array, target, specs, mesh, platform))
 
     platform = mesh.devices.flat[0].platform
     params: dict[str, jax.Array] = {}
-    # A thread waits until its tensor has arrived before it reads another: the host holds one for each thread at most.
+    # A thread waits until its parameter has arrived before it reads another: the host holds one for each thread.
     with ThreadPoolExecutor(READERS[platform]) as pool:
         try:
-            for done, (target, placed) in enumerate(zip(plan.values(), pool.map(load, plan, plan.values())), 1):
-                params |= zip(target.paths, placed)
-                report(done, len(plan))
+            for done, (paths, placed) in enumerate(zip(jobs, pool.map(load, jobs.values())), 1):
+                params |= zip(paths, placed)
+                report(done, len(jobs))
         finally:
             pool.shutdown(cancel_futures=True)
     return params
@@ -95,51 +104,62 @@ def _stream(
 def _place(
     array: np.ndarray, target: Target, specs: Mapping[str, ParamSpec], mesh: jax.sharding.Mesh, platform: str
 ) -> list[jax.Array]:
-    """One tensor as the parameters that it holds, on their way to the devices."""
+    """One tensor, or several that were stacked, as the parameters that it holds, on their way to the devices."""
     if target.transposed:
         spec = specs[target.paths[0]]
         if platform == "cpu":  # the transfer transposes faster than NumPy does
-            return [jax.device_put(array.T, spec.sharding(mesh))]
-        arrived = jax.device_put(array, ParamSpec(spec.shape[::-1], spec.axes[::-1]).sharding(mesh))
+            return [jax.device_put(array.swapaxes(-1, -2), spec.sharding(mesh))]
+        arrived = jax.device_put(array, ParamSpec(_swapped(spec.shape), _swapped(spec.axes)).sharding(mesh))
         return [_transposed(spec.sharding(mesh))(arrived)]  # at 1 GB/s a host would be the slowest part
     widths = [specs[path].shape[-1] for path in target.paths]
     parts = np.split(array, np.cumsum(widths)[:-1], axis=-1)
     return [jax.device_put(part, specs[path].sharding(mesh)) for path, part in zip(target.paths, parts)]
 
 
+def _swapped[T](entries: tuple[T, ...]) -> tuple[T, ...]:
+    """Those of the last two dimensions, the other way round."""
+    return (*entries[:-2], entries[-1], entries[-2])
+
+
 @cache
 def _transposed(sharding: jax.sharding.NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(jax.numpy.transpose, out_shardings=sharding)
+    return jax.jit(jax.numpy.matrix_transpose, out_shardings=sharding)
 
 
 def plan_tensors(checkpoint: Checkpoint, specs: Mapping[str, ParamSpec]) -> dict[str, Target]:
     """What each tensor becomes. Raises CheckpointError with every fault there is."""
     config, faults = checkpoint.config, []
+    shapes = _shapes(config, specs)
     plan: dict[str, Target] = {}
-    sources: dict[str, str] = {}  # canonical path -> tensor
+    sources: dict[tuple[str, int | None], str] = {}  # canonical path, and which entry of it -> tensor
     for name, (shape, dtype) in checkpoint.reader.names().items():
         target = families.target(config.model_type, name)
-        if target is None or any(path not in specs for path in target.paths if not _is_tied(config, path)):
+        if target is None or not all(_has_place(path, target.index, shapes) for path in target.paths):
             faults.append(f"unexpected: {name} {list(shape)}")
             continue
-        faults += [f"twice: {name} and {sources[path]}" for path in target.paths if path in sources]
-        sources |= dict.fromkeys(target.paths, name)
+        places = [(path, target.index) for path in target.paths]
+        faults += [f"twice: {name} and {sources[place]}" for place in places if place in sources]
+        sources |= dict.fromkeys(places, name)
         if target.paths and dtype not in DTYPES:
             faults.append(f"of dtype {dtype}, not one of {', '.join(DTYPES)}: {name}")
-        want = _stored_shape(config, target, specs)
+        want = target.stored_shape(shapes)
         if target.paths and shape != want:
             faults.append(f"of shape {list(shape)}, where the config says {list(want)}: {name}")
         if target.paths and not _is_tied(config, target.paths[0]):
             plan[name] = target
-    lacking = [families.source(config.model_type, path) for path in specs if path not in sources]
-    faults += [f"missing: {name}" for name in dict.fromkeys(lacking)]
+    wanted = families.sources(config.model_type, {path: spec.shape for path, spec in specs.items()})
+    faults += [
+        f"missing: {name}"
+        for name, target in wanted.items()
+        if any((path, target.index) not in sources for path in target.paths)
+    ]
     raise_faults(checkpoint.path, faults)
-    if config.tie_word_embeddings and HEAD in sources:
-        head, embedding = (checkpoint.reader.read(sources[path]) for path in (HEAD, EMBEDDING))
+    if config.tie_word_embeddings and (HEAD, None) in sources:
+        head, embedding = (checkpoint.reader.read(sources[path, None]) for path in (HEAD, EMBEDDING))
         if not np.array_equal(head, embedding):
             raise CheckpointError(
-                f"{checkpoint.path}: tie_word_embeddings=true, but {sources[HEAD]} differs from {sources[EMBEDDING]}; "
-                "hf_overrides={'tie_word_embeddings': False} uses both"
+                f"{checkpoint.path}: tie_word_embeddings=true, but {sources[HEAD, None]} differs from "
+                f"{sources[EMBEDDING, None]}; hf_overrides={{'tie_word_embeddings': False}} uses both"
             )
     return plan
 
@@ -149,8 +169,11 @@ def _is_tied(config: ModelConfig, path: str) -> bool:
     return config.tie_word_embeddings and path == HEAD
 
 
-def _stored_shape(config: ModelConfig, target: Target, specs: Mapping[str, ParamSpec]) -> tuple[int, ...]:
-    shapes = [specs[EMBEDDING].shape[::-1] if _is_tied(config, path) else specs[path].shape for path in target.paths]
-    if not shapes:
-        return ()
-    return shapes[0][::-1] if target.transposed else (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+def _has_place(path: str, index: int | None, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return path in shapes and (index is None or index < shapes[path][0])
+
+
+def _shapes(config: ModelConfig, specs: Mapping[str, ParamSpec]) -> dict[str, tuple[int, ...]]:
+    """Of the parameters, and of a tied head, should the file hold one."""
+    head = {HEAD: specs[EMBEDDING].shape[::-1]} if config.tie_word_embeddings else {}
+    return head | {path: spec.shape for path, spec in specs.items()}

@@ -77,7 +77,8 @@ def find_leaves(
         if path in broken:
             continue
         if path not in leaves:
-            faults.append(f"missing: {families.source(config.model_type, path) if theirs else path}")
+            name, target = next(iter(families.sources(config.model_type, {path: spec.shape}).items()))
+            faults.append(f"missing: {name if theirs and target.index is None else path}")
         elif leaves[path].shape != spec.shape:
             got, name = list(leaves[path].shape), leaves[path].name
             origin = "" if name == path else f" from {name}"
@@ -117,6 +118,10 @@ def _mapped_rule(name: str, mapping: Mapping[str, ParamRule]) -> ParamRule | Non
 def _canonical_rule(name: str, config: ModelConfig) -> ParamRule:
     """For a name that is transformers' or canonical already."""
     if target := families.target(config.model_type, name):
+        if target.index is not None:
+            raise CheckpointError(
+                f"{name} is one of the experts: give all of them in one array, as {target.paths[0]} [experts, in, out]"
+            )
         return ParamRule(target.paths, (1, 0) if target.transposed else None)
     return ParamRule((".".join(part for part in name.split(".") if part not in GROUPS),))
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from converters import ConversionError, families, safetensors_writer
 from converters.safetensors_writer import SHARD_BYTES
-from converters.tensors import Target
 from jaxengine.config import ParamRule
 from jaxengine.errors import CheckpointError
 from jaxengine.weights.checkpoint import Checkpoint
@@ -59,20 +58,20 @@ def save_checkpoint(
 
 
 def _save_safetensors(folder: Path, model_type: str, params: Mapping[str, jax.Array], shard_bytes: int) -> None:
-    targets = families.tensors(model_type, params)
-
-    def shape(target: Target) -> tuple[int, ...]:
-        parts = [params[path] for path in target.paths]
-        whole = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
-        return whole[::-1] if target.transposed else whole
+    shapes = {path: array.shape for path, array in params.items()}
+    targets = families.tensors(model_type, shapes)
 
     def read(name: str) -> np.ndarray:
-        whole = np.concatenate([np.asarray(params[path]) for path in targets[name].paths], axis=-1)
-        return whole.T if targets[name].transposed else whole
+        target = targets[name]
+        parts = [params[path] for path in target.paths]
+        if target.index is not None:
+            parts = [part[target.index] for part in parts]  # one expert of them comes to the host
+        whole = np.concatenate([np.asarray(part) for part in parts], axis=-1)
+        return whole.T if target.transposed else whole
 
     dtype = np.dtype(next(iter(params.values())).dtype)
-    shapes = {name: shape(target) for name, target in targets.items()}
-    safetensors_writer.write(folder, shapes, dtype, read, shard_bytes)
+    stored = {name: target.stored_shape(shapes) for name, target in targets.items()}
+    safetensors_writer.write(folder, stored, dtype, read, shard_bytes)
 
 
 def _save_tokenizer(source: Any, folder: Path) -> None:

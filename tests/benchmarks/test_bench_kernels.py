@@ -8,7 +8,7 @@ import pytest
 
 import pallas_kernels
 from jaxengine.benchmark import device, kernels
-from jaxengine.benchmark.kernels import BALANCED, LLAMA_8B, PAGE, SKEWED, Heads
+from jaxengine.benchmark.kernels import BALANCED, LLAMA_8B, PAGE, SKEWED, Experts, Heads
 from jaxengine.errors import UnsupportedError
 
 SMALL = Heads(4, 2, 16)
@@ -17,7 +17,7 @@ SMALL = Heads(4, 2, 16)
 @pytest.fixture
 def twins(monkeypatch):
     """The references instead of the kernels, which want a GPU; few and short samples; a small cache to exceed."""
-    for name in ("paged_decode", "kv_write"):
+    for name in ("paged_decode", "kv_write", "grouped_matmul", "grouped_gated_matmul"):
         monkeypatch.setattr(pallas_kernels, name, getattr(pallas_kernels, f"{name}_reference"))
     monkeypatch.setattr(device, "PAUSE_S", 0)
     monkeypatch.setattr(device, "SAMPLE_S", 0)
@@ -54,6 +54,15 @@ def test_an_op_is_timed_and_compared(twins):
     assert decode["bytes_per_s"] * decode["us"] == pytest.approx(decode["bytes"] * 1e6)
     [write] = kernels.time_write(6, SMALL, pages=40)
     assert write["bytes"] == 6 * 2 * 16 * 2 * 4 and write["error"] == 0
+
+
+@pytest.mark.parametrize(("tokens", "bound"), [(1, "bytes"), (600, "flops")])
+def test_experts_are_bound_by_what_takes_longer(twins, tokens, bound):
+    [result] = kernels.time_experts("experts", tokens, Experts(3, 2, 16, 8))
+    assert {"bytes", "flops"} & set(result) == {bound}
+    per_value = 2 * (2 if bound == "bytes" else 2 * tokens)  # of the experts that are hit, or of every row
+    assert result[bound] == per_value * 3 * 16 * 8
+    assert result["error"] == 0
 
 
 def test_a_wrong_kernel_shows_as_an_error(twins, monkeypatch):

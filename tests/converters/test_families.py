@@ -7,8 +7,8 @@ import pytest
 
 from converters import ConversionError, UnsupportedOptionError
 from converters.attributes import IRRELEVANT, NEUTRAL
-from converters.families import FAMILIES, model_config, source, target
-from jaxengine.config import ModelConfig, RopeConfig
+from converters.families import FAMILIES, model_config, sources, target, tensors
+from jaxengine.config import ExpertsConfig, ModelConfig, RopeConfig
 from jaxengine.models import param_specs
 from tests.references import tiny
 
@@ -20,21 +20,30 @@ def config_of(variant, **changes):
 
 
 def whole(arguments):
-    rope = arguments.get("rope")
-    return ModelConfig(**arguments | ({"rope": RopeConfig(**rope)} if rope else {}))
+    rope, experts = arguments.get("rope"), arguments.get("experts")
+    arguments = arguments | {"rope": rope and RopeConfig(**rope), "experts": experts and ExpertsConfig(**experts)}
+    return ModelConfig(**arguments)
 
 
 @pytest.mark.parametrize("variant", tiny.variants())
 def test_every_option_loads_and_every_tensor_has_its_place(variant):
     config = whole(model_config(tiny.config(variant)))
-    specs = param_specs(config)
-    found = set()
-    for name, shape in tiny.fixtures()["variants"][variant]["tensors"].items():
+    shapes = {path: spec.shape for path, spec in param_specs(config).items()}
+    found, sizes = set(), dict.fromkeys(shapes, 0)
+    written = tiny.fixtures()["variants"][variant]["tensors"]
+    for name, shape in written.items():
         place = target(config.model_type, name)
-        assert math.prod(shape) == sum(math.prod(specs[path].shape) for path in place.paths) or not place.paths
-        found |= set(place.paths)
-        assert all(name.endswith(source(config.model_type, path)) for path in place.paths)
-    assert found == set(specs)
+        for path in place.paths:
+            assert (path, place.index) not in found
+            found.add((path, place.index))
+            sizes[path] += math.prod(shape) // len(place.paths)
+    assert sizes == {path: math.prod(shape) for path, shape in shapes.items()}
+    held = {name for name in written if target(config.model_type, name).paths}
+    assert set(sources(config.model_type, shapes)) == {
+        name.removeprefix(FAMILIES[config.model_type].PREFIX) for name in held
+    }
+    if variant != "gpt2_bare":
+        assert set(tensors(config.model_type, shapes)) == held
 
 
 @pytest.mark.parametrize(
@@ -53,6 +62,29 @@ def test_every_option_loads_and_every_tensor_has_its_place(variant):
         ("qwen2_unused_window", {"windows": (None, None, None)}),
         ("qwen2_layer_types", {"windows": (4, None, 4)}),
         ("qwen3_bias_window", {"qk_norm": True, "qkv_bias": True, "o_bias": True, "windows": (None, 8, 8)}),
+        (
+            "mixtral",
+            {
+                "windows": (8, 8, 8),
+                "qk_norm": False,
+                "rope": RopeConfig("default", 1e6, 16),
+                "experts": ExpertsConfig(4, 2, 96, True, (0, 1, 2)),
+            },
+        ),
+        (
+            "qwen3_moe",
+            {
+                "windows": (None, None, None),
+                "qk_norm": True,
+                "intermediate_size": 96,
+                "experts": ExpertsConfig(8, 3, 48, True, (0, 1, 2)),
+            },
+        ),
+        (
+            "qwen3_moe_dense_layer",
+            {"windows": (8, 8, 8), "qkv_bias": True, "o_bias": True, "experts": ExpertsConfig(8, 3, 48, False, (0, 2))},
+        ),
+        ("qwen3_moe_second_layer", {"experts": ExpertsConfig(8, 1, 48, False, (1,))}),
         ("gpt2", {"tie_word_embeddings": True, "attention_scales": (0.25,) * 3, "intermediate_size": 256}),
         ("gpt2_unscaled", {"attention_scales": (1.0,) * 3}),
         ("gpt2_inverse_layer", {"attention_scales": (0.25, 0.125, 0.25 / 3)}),
@@ -91,6 +123,13 @@ def test_what_a_file_does_not_say_is_as_in_transformers():
     assert (llama["head_dim"], qwen3["head_dim"], mistral["windows"]) == (2, 128, (4096, 4096))
     assert (llama["bos_token_id"], llama["eos_token_ids"], qwen2["eos_token_ids"]) == (1, (2,), ())
     assert "dtype" not in llama
+    mixtral, qwen3_moe = (whole(model_config(sizes | {"model_type": kind})) for kind in ("mixtral", "qwen3_moe"))
+    assert (mixtral.num_kv_heads, mixtral.windows, mixtral.norm_eps) == (8, (None, None), 1e-5)
+    assert (mixtral.rope.theta, mixtral.experts) == (1e6, ExpertsConfig(8, 2, 96, True, (0, 1)))
+    assert (qwen3_moe.num_kv_heads, qwen3_moe.head_dim, qwen3_moe.windows) == (4, 2, (None, None))
+    assert (qwen3_moe.rope.theta, qwen3_moe.experts) == (1e4, ExpertsConfig(128, 8, 768, False, (0, 1)))
+    dense = sizes | {"model_type": "qwen3_moe", "mlp_only_layers": [0, 1]}
+    assert model_config(dense)["experts"] is None
     hub = {"model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
            "vocab_size": 50257, "task_specific_params": {"text-generation": {"do_sample": True}}}  # fmt: skip
     gpt2 = model_config(hub)
@@ -137,6 +176,10 @@ def test_irrelevant_attributes_change_nothing(kind):
         ("mistral", {"sliding_window": 0}, "sliding_window=0 must be positive"),
         ("qwen2_layer_types", {"use_sliding_window": False}, "leaves no sliding_window"),
         ("qwen2_layer_types", {"layer_types": ["linear_attention"] * 3}, "layer_types="),
+        ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers=['0']"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 9}, "shared_expert_intermediate_size=9"),
+        ("mixtral", {"attention_bias": True}, "attention_bias=True"),
         ("gpt2", {"n_head": 3}, "n_embd=64 is not a multiple of n_head=3"),
     ],
 )

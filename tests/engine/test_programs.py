@@ -10,7 +10,9 @@ from tests.programs import check_memory, check_no_pool_copies, compile_undonated
 from tests.tiny_llm import OPTIONS, model_folder
 
 
-@pytest.fixture(scope="module", params=["llama", pytest.param("windows", marks=pytest.mark.full)])
+@pytest.fixture(
+    scope="module", params=["llama", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("windows", "experts"))]
+)
 def runner(request):
     with LLM(model_folder(request.param), warmup=True, steps_per_call=3, **OPTIONS) as llm:
         yield llm._runner

@@ -12,6 +12,7 @@ from tests import tiny_llm
 pytestmark = pytest.mark.gpu
 KERNELS = "triton"
 EVERYWHERE = ("add_rms_norm", "gated_activation", "rope_write")  # kernels of every step
+TINY = ("windows", "experts")
 TIE = 1e-4  # of two logits: between them rounding may choose
 SMALL = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "max_model_len": 256, "kv_cache_memory_bytes": 2**28}
 BEGINNINGS = (
@@ -30,9 +31,8 @@ def generate(folder, dtype, attention, tokens=48, **options):
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=2)
     with LLM(folder, dtype=dtype, attention=attention, **(SMALL | options)) as llm:
         assert llm._runner.attention == attention
-        asked = (
-            prompts(llm) if folder != tiny_llm.model_folder("windows") else [[7 + i] * (1 + 5 * i) for i in range(32)]
-        )
+        own = folder in map(tiny_llm.model_folder, TINY)
+        asked = [[7 + i] * (1 + 5 * i) for i in range(32)] if own else prompts(llm)
         outputs = llm.generate(asked, params, use_tqdm=False)
     return [output.outputs[0] for output in outputs]
 
@@ -49,7 +49,7 @@ def assert_same_until_tie(ours, theirs):
     assert ties <= len(ours) // 8
 
 
-@pytest.mark.parametrize("kind", ["shipped", "windows"])
+@pytest.mark.parametrize("kind", ["shipped", *TINY])
 def test_kernels_give_the_tokens_of_the_reference_in_float32(kind, shipped_model):
     folder = shipped_model if kind == "shipped" else tiny_llm.model_folder(kind)
     assert_same_until_tie(generate(folder, "float32", KERNELS), generate(folder, "float32", "reference"))

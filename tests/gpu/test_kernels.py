@@ -21,6 +21,7 @@ from tests.pallas_kernels.cases import (
     Case,
     decode_inputs,
     extend_inputs,
+    grouped_inputs,
     pairwise,
     relative_error,
     rope_write_inputs,
@@ -127,6 +128,27 @@ def test_gated_activation_equals_reference(activation, dtype):
     expected = kernels.gated_activation_reference(jax.device_put(x, jax.devices("cpu")[0]), function)
     assert out.dtype == dtype
     assert relative_error(jax.device_get(out), jax.device_get(expected)) < LIMIT[dtype]
+
+
+# Decode steps (some groups without rows) and prompts, of widths that blocks divide and do not.
+GROUPED = pairwise(
+    {"dtype": ["bfloat16", "float16", "float32"], "size_in": [100, 256, 2048], "size_out": [72, 768], "count": [1, 2],
+     "sizes": [(1, 0, 3, 0, 0, 2), (0,) * 60 + (2,) + (1, 0) * 30, (300, 0, 17, 128, 1, 640), (16, 15, 17) * 20]}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=lambda case: "-".join(str(value)[:20] for value in case.values()))
+def test_grouped_matmul_equals_reference(case):
+    args = grouped_inputs(case["sizes"], case["size_in"], case["size_out"], case["dtype"], case["count"])
+    name, options = (
+        ("grouped_matmul", {}) if case["count"] == 1 else ("grouped_gated_matmul", {"activation": jax.nn.silu})
+    )
+    kernel, reference = getattr(kernels, name), getattr(kernels, f"{name}_reference")
+    out = kernel(*jax.device_put(args, jax.devices("gpu")[0]), **options)
+    expected = reference(*jax.device_put(args, jax.devices("cpu")[0]), **options)
+    assert out.dtype == case["dtype"]
+    rows = sum(case["sizes"])
+    assert relative_error(jax.device_get(out)[:rows], jax.device_get(expected)[:rows]) < LIMIT[case["dtype"]]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7])

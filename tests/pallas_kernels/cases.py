@@ -194,6 +194,26 @@ def naive_rope_write(
     return turned[:, :heads], *naive_write(k_pages, v_pages, k, v, page, offset)
 
 
+def grouped_inputs(sizes: Sequence[int], size_in: int, size_out: int, dtype: str, kernels: int, seed: int = 0) -> tuple:
+    """Rows of groups of these sizes, five of NaN that no group has, the groups' kernels, and the sizes."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((sum(sizes) + 5, size_in)).astype(jnp.dtype(dtype))
+    x[sum(sizes) :] = np.nan
+    shape = (kernels, len(sizes), size_in, size_out)
+    return x, *(rng.standard_normal(shape) / math.sqrt(size_in)).astype(jnp.dtype(dtype)), np.array(sizes, np.int32)
+
+
+def naive_grouped(x, *kernels_and_sizes) -> np.ndarray:
+    """Row by row, in float64: silu(x @ gate) * (x @ up), or x @ kernel; of the groups' rows only."""
+    *kernels, sizes = kernels_and_sizes
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    products = [
+        np.array([row.astype(np.float64) @ kernel[g].astype(np.float64) for row, g in zip(x, group)])
+        for kernel in kernels
+    ]
+    return products[0] if len(products) == 1 else products[0] / (1 + np.exp(-products[0])) * products[1]
+
+
 def relative_error(out, expected) -> float:
     """Norm of the difference over the norm of `expected`, in float64; inf where either has a NaN."""
     out, expected = np.asarray(out).astype(np.float64), np.asarray(expected).astype(np.float64)

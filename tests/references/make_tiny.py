@@ -26,6 +26,7 @@ SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hid
          "eos_token_id": 2}  # fmt: skip
 GPT2_SIZES = {"vocab_size": 128, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
               "eos_token_id": 2}  # fmt: skip
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 32,
             "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5],
             "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]}  # fmt: skip
@@ -73,6 +74,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3_bias_window": {"head_dim": 16, "attention_bias": True, "use_sliding_window": True, "sliding_window": 8,
                           "max_window_layers": 1},
     "qwen3_tied_linear": {"head_dim": 24, "tie_word_embeddings": True, **rope("linear", factor=2.0)},
+    "mixtral": {"num_local_experts": 4, "sliding_window": 8},
+    "mixtral_tied_head_dim": {"num_local_experts": 5, "num_experts_per_tok": 3, "head_dim": 32,
+                              "tie_word_embeddings": True},
+    "qwen3_moe": EXPERTS | {"head_dim": 32, "norm_topk_prob": True},
+    "qwen3_moe_dense_layer": EXPERTS | {"mlp_only_layers": [1], "attention_bias": True, "use_sliding_window": True,
+                                        "sliding_window": 8},
+    "qwen3_moe_second_layer": EXPERTS | {"decoder_sparse_step": 2, "num_experts_per_tok": 1, "hidden_act": "gelu"},
     "gpt2": {},
     "gpt2_inner_relu": {"n_inner": 80, "activation_function": "relu"},
     "gpt2_unscaled": {"scale_attn_weights": False},
@@ -90,7 +98,7 @@ def make(name: str) -> tuple[dict[str, Any], np.ndarray]:
         options.pop("bare", False),
         options.pop("max_model_len", 0),
     )
-    family = name.split("_")[0]
+    family = "qwen3_moe" if name.startswith("qwen3_moe") else name.split("_")[0]
     written = (GPT2_SIZES if family == "gpt2" else SIZES) | options
     if legacy:
         written |= {"model_type": family, "architectures": ["LegacyForCausalLM"], "transformers_version": "4.40.0"}
@@ -110,6 +118,10 @@ def make(name: str) -> tuple[dict[str, Any], np.ndarray]:
         saved = json.loads((Path(folder) / "config.json").read_text())
         with safe_open(Path(folder) / "model.safetensors", "pt") as file:
             shapes = {key: list(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+        if any(".experts." in key for key in shapes):  # stacked in memory, one by one in files
+            tiny.write_safetensors({key: tiny.tensor(key, tuple(s), dtype) for key, s in shapes.items()}, Path(folder))
+            model = type(model).from_pretrained(folder, dtype=dtype, attn_implementation="eager",
+                                                experts_implementation="eager").eval()  # fmt: skip
     if bare:
         shapes = {key.removeprefix("transformer."): shape for key, shape in shapes.items()}
         shapes |= {f"h.{i}.attn.bias": [1, 1, 64, 64] for i in range(3)}

@@ -105,7 +105,7 @@ def check_places(llm, data, tensor):
         assert array.addressable_shards[0].data.shape[axis] * data == array.shape[axis]
     for leaf, spec in zip(runner.weights.leaves, runner.weights.specs, strict=True):
         assert leaf.sharding.is_equivalent_to(NamedSharding(create_mesh(tensor, data), spec), leaf.ndim)
-        assert leaf.addressable_shards[0].data.nbytes * (tensor if "tensor" in spec else 1) == leaf.nbytes
+        assert leaf.addressable_shards[0].data.nbytes * (tensor if any(spec) else 1) == leaf.nbytes
 
 
 def check_groups(llm, data, tensor):
@@ -113,7 +113,9 @@ def check_groups(llm, data, tensor):
     lines = [line for program in llm._runner._programs.values() for line in program.as_text().splitlines()]
     found = [re.search(r"replica_groups=(mesh\S+ \{.*?\})", line) for line in lines if COLLECTIVE.search(line)]
     groups = {match and match[1] for match in found}
-    assert groups == ({f"mesh['data'={data},'tensor'={tensor}] {{'tensor'}}"} if tensor > 1 else set())
+    assert groups == (
+        {f"mesh['data'={data},'expert'=1,'tensor'={tensor}] {{'expert','tensor'}}"} if tensor > 1 else set()
+    )
 
 
 def outcomes(llm):
@@ -189,7 +191,7 @@ def test_a_mesh_of_ones_own():
     ) as llm:
         assert len({output.outputs[0].token_ids[1] for output in llm.generate(*ask, use_tqdm=False)}) == 1
         [pool, *_] = llm._runner._cache.k
-        assert pool.sharding.mesh.devices.tolist() == devices[:, 0].T.tolist()
+        assert pool.sharding.mesh.devices[:, 0].tolist() == devices[:, 0].T.tolist()
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,11 @@ def test_a_mesh_of_ones_own():
     [
         ({"data_parallel_size": 3, "tensor_parallel_size": 4}, ConfigError, "needs 12 devices, there are 8"),
         ({"data_parallel_size": 0}, ConfigError, "data_parallel_size=0 must be a positive integer"),
-        ({"mesh": ("data", "stage")}, UnsupportedError, "only the axes 'data' and 'tensor' may have several devices"),
+        (
+            {"mesh": ("data", "stage")},
+            UnsupportedError,
+            "only the axes 'data', 'expert' and 'tensor' may have several devices",
+        ),
         ({"mesh": ("data", "tensor"), "data_parallel_size": 4}, ConfigError, "left out, or the 2 of the mesh"),
     ],
 )

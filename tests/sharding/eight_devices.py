@@ -1,4 +1,4 @@
-"""Tensor parallelism on eight simulated devices; `test_sharding.py` starts it."""
+"""Tensor and expert parallelism on eight simulated devices; `test_sharding.py` starts it."""
 
 import re
 from functools import cache, partial
@@ -13,7 +13,7 @@ from jaxengine import LLM, ConfigError, SamplingParams
 from jaxengine.errors import WeightsDeletedError
 from jaxengine.kv_cache import AXES
 from jaxengine.models import param_specs
-from jaxengine.sharding import create_mesh, gather, named_sharding, on_each_device
+from jaxengine.sharding import LAYER, create_mesh, gather, named_sharding, on_each_device
 from jaxengine.weights.checkpoint import read_config
 from tests.references import tiny
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, restrict
@@ -30,6 +30,11 @@ CONFIGS = {
     "mistral": SIZES | {"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 40},
     "qwen2": SIZES | {"model_type": "qwen2", "num_key_value_heads": 4},
     "qwen3": SIZES | {"model_type": "qwen3", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "mixtral": SIZES | {"model_type": "mixtral", "num_key_value_heads": 4, "num_local_experts": 8,
+                        "sliding_window": 40},
+    "qwen3_moe": SIZES | {"model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts": 8, "norm_topk_prob": True,
+                          "num_experts_per_tok": 3, "moe_intermediate_size": 48, "mlp_only_layers": [0],
+                          "tie_word_embeddings": True},
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_head": HEADS, "n_layer": 2, "n_positions": 128,
              "vocab_size": VOCAB, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "bos_token_id": 1,
              "eos_token_id": 2},
@@ -48,8 +53,8 @@ def params(family):
     }
 
 
-def make_llm(family, devices, **options):
-    config = {"tensor_parallel_size": devices, "fuse_weights": True} | options
+def make_llm(family, devices, experts=1, **options):
+    config = {"tensor_parallel_size": devices, "expert_parallel_size": experts, "fuse_weights": True} | options
     return LLM(params(family), config=CONFIGS[family], **(SMALL | config))
 
 
@@ -93,43 +98,49 @@ def check_answers(family, llm):
     np.testing.assert_allclose(logprobs, want_logprobs, atol=1e-4)
 
 
-def check_places(llm, devices):
+def check_places(llm, mesh):
     """Weights and cache lie where programs want them, after steps too."""
-    runner, mesh = llm._runner, create_mesh(devices)
+    runner, devices = llm._runner, mesh.size
     pools = jax.tree.leaves(runner._cache)
     assert {pool.sharding for pool in pools} == {named_sharding(mesh, AXES)}
     kv_heads = runner.model.num_kv_heads
     assert pools[0].addressable_shards[0].data.shape[1] == max(1, kv_heads // devices)
     for leaf, spec in zip(runner.weights.leaves, runner.weights.specs, strict=True):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
-    matrices = [leaf for leaf in runner.weights.leaves if leaf.ndim == 2]
+    matrices = [leaf for leaf in runner.weights.leaves if leaf.ndim > 1]
     shares = [leaf.addressable_shards[0].data.nbytes * devices == leaf.nbytes for leaf in matrices]
-    assert sum(shares) == len(shares) - (runner.model.model_type == "gpt2")  # its positions are whole
+    experts = runner.model.experts
+    whole = len(experts.layers) if experts else int(runner.model.model_type == "gpt2")  # routers; learned positions
+    assert sum(shares) == len(shares) - whole
 
 
 @pytest.mark.parametrize(
-    ("family", "devices", "fuse"),
+    ("family", "experts", "devices", "fuse"),
     [
-        ("qwen3", 4, True),
+        ("qwen3_moe", 2, 2, True),
+        *(pytest.param(family, 1, devices, devices != 4, marks=full) for family in CONFIGS for devices in (2, 4, 8)),
+        pytest.param("qwen3", 1, 4, True, marks=full),
         *(
-            pytest.param(family, devices, devices != 4, marks=full)
-            for family in CONFIGS
-            for devices in (2, 4, 8)
-            if (family, devices) != ("qwen3", 4)
+            pytest.param(family, *sizes, fuse, marks=full)
+            for family, fuse in (("mixtral", True), ("qwen3_moe", False))
+            for sizes in ((2, 1), (4, 1), (8, 1), (2, 4), (4, 2))
         ),
-        pytest.param("qwen3", 4, False, marks=full),
     ],
 )
-def test_the_same_answers_as_one_device(family, devices, fuse):
-    with make_llm(family, devices, fuse_weights=fuse) as llm:
+def test_the_same_answers_as_one_device(family, experts, devices, fuse):
+    mesh = create_mesh(devices, expert=experts)
+    with make_llm(family, devices, experts, fuse_weights=fuse) as llm:
         check_answers(family, llm)
-        check_places(llm, devices)
+        check_places(llm, mesh)
         check_collectives(llm)
-        check_padding(llm, devices)
+        check_padding(llm, mesh)
 
 
 def check_collectives(llm):
-    """Two sums a layer, one of the embedding, numbers of rows where tokens are drawn; no weight and no page moves."""
+    """Two sums a layer, with experts too, one of the embedding, numbers of rows where tokens are drawn; nothing else.
+
+    No weight and no page moves.
+    """
     runner, layers = llm._runner, llm._runner.model.num_layers
     found = {}
     for (name, *key), program in runner._programs.items():
@@ -145,16 +156,16 @@ def check_collectives(llm):
     assert found == wanted
 
 
-def check_padding(llm, devices):
+def check_padding(llm, mesh):
     """No token that is not in the vocabulary can be drawn, however small the others' logits are."""
-    weights, mesh = llm._runner.weights, create_mesh(devices)
+    weights = llm._runner.weights
     arguments = weights.leaves, jnp.ones((2, llm.model_config.hidden_size))
     split, _ = on_each_device(
-        lambda leaves, x: gather(weights.module(leaves).head(x, share=True), "tensor"),
+        lambda leaves, x: gather(weights.module(leaves).head(x, share=True), LAYER),
         arguments, (weights.specs, PartitionSpec()), named_sharding(mesh), mesh,
     )  # fmt: skip
     logits = np.asarray(jax.jit(split)(*arguments))
-    assert logits.shape[1] == VOCAB + -VOCAB % devices
+    assert logits.shape[1] == VOCAB + -VOCAB % mesh.size
     assert np.isfinite(logits[:, :VOCAB]).all() and (logits[:, VOCAB:] == -np.inf).all()
 
 
@@ -189,6 +200,17 @@ def test_a_mesh_of_ones_own():
 
 
 @full
+def test_the_axes_of_a_mesh_may_come_in_any_order():
+    devices = np.array(jax.devices()[:8]).reshape(4, 2)
+    with make_llm("mixtral", 1, mesh=Mesh(devices, ("tensor", "expert"))) as llm:
+        check_answers("mixtral", llm)
+        kernel = next(leaf for leaf in llm._runner.weights.leaves if leaf.ndim == 3)
+        for shard in kernel.addressable_shards:
+            group = shard.index[0].start // 4
+            assert shard.data.shape[0] == 4 and shard.device in devices[:, group]
+
+
+@full
 def test_new_weights_take_the_places_of_the_old():
     other = {path: array[..., ::-1] for path, array in params("qwen3").items()}
     ask = [[5, 6, 7, 8]], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
@@ -208,6 +230,11 @@ def test_new_weights_take_the_places_of_the_old():
         ("qwen2", {"tensor_parallel_size": 3}, ConfigError,
          r"=3 does not divide num_heads=8, num_kv_heads=4 .* intermediate_size=96; use one of \[1, 2\]"),
         ("qwen2", {"tensor_parallel_size": 16}, ConfigError, "needs 16 devices, there are 8"),
+        ("qwen2", {"experts": 2}, ConfigError, "expert_parallel_size=2 must divide the experts, this qwen2 has no exp"),
+        ("mixtral", {"experts": 3}, ConfigError, "expert_parallel_size=3 must divide .* this mixtral has 8 experts"),
+        ("mixtral", {"experts": 4, "devices": 3}, ConfigError, "needs 12 devices, there are 8"),
+        ("qwen3_moe", {"experts": 2, "devices": 3}, ConfigError,
+         r"=3 x expert_parallel_size=2 does not .*_size=96 and the experts' intermediate_size=48; use one of \[1, 2\]"),
         ("qwen2", {"mesh": (1, 2), "tensor_parallel_size": 4}, ConfigError, "left out, or the 2 of the mesh"),
     ],
 )  # fmt: skip
@@ -218,16 +245,21 @@ def test_what_is_refused(family, options, error, message):
         make_llm(family, **({"devices": 1} | options))
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=full)])
-def test_the_kernels_lower_for_cuda_within_each_device(devices):
-    shape = CONFIGS["qwen3"] | {"head_dim": 64, "max_position_embeddings": 4096}
+@pytest.mark.parametrize(
+    ("family", "devices"),
+    [("qwen3", 2), pytest.param("qwen3", 8, marks=full), pytest.param("qwen3_moe", 4, marks=full)],
+)
+def test_the_kernels_lower_for_cuda_within_each_device(family, devices):
+    experts = 2 if family == "qwen3_moe" else 1
+    shape = CONFIGS[family] | {"head_dim": 64, "max_position_embeddings": 4096}
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "dtype": "bfloat16", "kv_cache_memory_bytes": 2**24}
     specs = param_specs(read_config(shape, "bfloat16", ()))
     made = {path: np.zeros(spec.shape, np.float32) for path, spec in specs.items()}
     card = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    mesh = AbstractMesh((devices,), ("tensor",), (AxisType.Auto,), abstract_device=card)
-    with LLM(made, config=shape, tensor_parallel_size=devices, fuse_weights=True, **sizes) as llm:
-        runner, pool = llm._runner, PartitionSpec(None, "tensor")
+    mesh = AbstractMesh((experts, devices // experts), LAYER, (AxisType.Auto,) * 2, abstract_device=card)
+    sizes |= {"expert_parallel_size": experts, "tensor_parallel_size": devices // experts}
+    with LLM(made, config=shape, fuse_weights=True, **sizes) as llm:
+        runner, pool = llm._runner, PartitionSpec(None, LAYER)
         runner.attention = "triton"
         for name, kernel in {"decode": "paged_decode", "mixed": "paged_extend_mosaic"}.items():
             key = next(key for other, key in runner._all_keys()[::-1] if other == name)
@@ -241,4 +273,5 @@ def test_the_kernels_lower_for_cuda_within_each_device(devices):
             with jax.sharding.use_abstract_mesh(mesh):
                 text = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
             assert "rope_write" in text and kernel in text
+            assert ("grouped_gated_matmul" in text) == (family == "qwen3_moe")
             assert "stablehlo.all_reduce" in text

@@ -1,0 +1,69 @@
+"""A mixture of experts: a router chooses some for each token, whose products are added by weight.
+
+Shazeer et al. 2017; softmax before the choice, as in Fedus et al. 2021 and transformers' Mixtral and Qwen3-MoE.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxengine.config import ModelConfig
+from jaxengine.layers.activation import ACTIVATIONS
+from jaxengine.layers.attention import LayerInputs
+from jaxengine.layers.linear import Linear
+from jaxengine.layers.ops import ops
+from jaxengine.sharding import EXPERT, Axis, share_ids, total
+
+
+class Stacked(nnx.Module):
+    """The same kernel of all experts, [experts, in, out]."""
+
+    def __init__(self, params: Mapping[str, jax.Array]):
+        self.kernel = nnx.Param(params["kernel"])
+
+
+class Experts(nnx.Module):
+    """Their three kernels, named as canonical paths have them."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        self.gate_proj, self.up_proj, self.down_proj = (
+            Stacked(params[name]) for name in ("gate_proj", "up_proj", "down_proj")
+        )
+
+
+class MoE(nnx.Module):
+    """`axis`: as for `Linear`; the experts are split over its part EXPERT, their columns over the rest."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], axis: Axis | None):
+        assert config.experts is not None
+        self.gate, self.experts, self.axis = Linear(params["gate"]), Experts(params["experts"]), axis
+        self.per_token, self.normalize = config.experts.per_token, config.experts.normalize
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array, inputs: LayerInputs) -> jax.Array:
+        """x [tokens, hidden] -> the same shape; zeros for padding, which no expert sees."""
+        weights, experts = self.route(x)
+        stacked = self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj
+        op, (gate, up, down) = ops(inputs.step.implementation), (each.kernel[...] for each in stacked)
+        group = experts - share_ids(len(down), None if self.axis is None else EXPERT)[0]
+        own = (group >= 0) & (group < len(down)) & (inputs.page != 0)[:, None]
+        # Sorted by expert: what no expert of this device wants goes to the end, where the products leave it alone.
+        group = jnp.where(own, group, len(down)).reshape(-1)
+        order = jnp.argsort(group)
+        sizes = jnp.sum(group[:, None] == jnp.arange(len(down)), axis=0, dtype=jnp.int32)
+        inner = op.grouped_gated_matmul(x[order // self.per_token], gate, up, sizes, ACTIVATIONS[self.activation])
+        y = op.grouped_matmul(inner, down, sizes)
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
+        y = y[place].reshape(*experts.shape, -1).astype(jnp.float32)
+        y = jnp.where(own[:, :, None], weights[:, :, None] * y, 0)
+        return total(jnp.sum(y, axis=1).astype(x.dtype), self.axis)
+
+    def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [tokens, hidden] -> weights float32 and experts int32, both [tokens, per_token]."""
+        weights, experts = jax.lax.top_k(jax.nn.softmax(self.gate.logits(x)), self.per_token)
+        if self.normalize:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights, experts
