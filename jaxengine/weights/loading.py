@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -76,6 +76,8 @@ def _stream(
     plan = plan_tensors(checkpoint, specs)
 
     def load(name: str, target: Target) -> list[jax.Array]:
+        if mesh.is_multi_process:
+            return jax.block_until_ready(_read_own(checkpoint, name, target, specs, dtype, mesh))
         array = checkpoint.reader.read(name).astype(jax.numpy.dtype(dtype), copy=False)
         return jax.block_until_ready(_place(array, target, specs, mesh, platform))
 
@@ -105,6 +107,31 @@ def _place(
     widths = [specs[path].shape[-1] for path in target.paths]
     parts = np.split(array, np.cumsum(widths)[:-1], axis=-1)
     return [jax.device_put(part, specs[path].sharding(mesh)) for path, part in zip(target.paths, parts)]
+
+
+def _read_own(
+    checkpoint: Checkpoint, name: str, target: Target, specs: Mapping[str, ParamSpec], dtype: str,
+    mesh: jax.sharding.Mesh,
+) -> list[jax.Array]:  # fmt: skip
+    """The same of several processes, each of which reads what its devices hold and no more."""
+    placed, start = [], 0
+    for path in target.paths:
+        spec = specs[path]
+        stored = ParamSpec(spec.shape[::-1], spec.axes[::-1]) if target.transposed else spec
+        read = cache(partial(_read_part, checkpoint, name, dtype, stored.shape, start))  # devices may hold the same
+        arrived = jax.make_array_from_callback(stored.shape, stored.sharding(mesh), read)
+        placed.append(_transposed(spec.sharding(mesh))(arrived) if target.transposed else arrived)
+        start += stored.shape[-1]
+    return placed
+
+
+def _read_part(
+    checkpoint: Checkpoint, name: str, dtype: str, shape: tuple[int, ...], start: int, index: tuple[slice, ...]
+) -> np.ndarray:
+    """`index` of an array of this shape that begins at `start` of the tensor's last dimension."""
+    *others, last = (slice(*each.indices(length)) for each, length in zip(index, shape))
+    part = *others, slice(last.start + start, last.stop + start)
+    return checkpoint.reader.read(name, part).astype(jax.numpy.dtype(dtype), copy=False)
 
 
 @cache
