@@ -24,12 +24,24 @@ HEARTBEAT_SECONDS = 20  # without a sign of life, after which a process counts a
 CONNECT_SECONDS = 5  # for each address that process 0 may have
 GRACE_SECONDS = 1  # in which a lost connection explains why a device failed
 CARD_BYTES = 4096  # what process 0 tells of itself, padded
+WATCHER = "jaxengine-process-"  # names of threads
 Kind = Literal["content", "failure", "end"]
 
 
 def initialize(**where: Any) -> int:
-    """`jax.distributed.initialize`, which finds the processes unless `where` says; the number of this one."""
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **where)
+    """`jax.distributed.initialize`, which finds the processes unless `where` says; the number of this one.
+
+    Raises ConfigError when it cannot.
+    """
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **where)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"jax.distributed did not find the other processes, told {where}: {error}; on Slurm, Open MPI and "
+            "Kubernetes (pip install jax[k8s]) it does without, elsewhere give coordinator_address, num_processes and "
+            "process_id"
+        ) from error
     return jax.process_index()
 
 
@@ -52,7 +64,7 @@ class Processes:
         self._inboxes: dict[int, queue.SimpleQueue] = {peer: queue.SimpleQueue() for peer in connections}
         self._sending, self._ended = threading.Lock(), threading.Event()
         self._watchers = [
-            threading.Thread(target=self._watch, args=item, name=f"jaxengine-process-{item[0]}", daemon=True)
+            threading.Thread(target=self._watch, args=item, name=f"{WATCHER}{item[0]}", daemon=True)
             for item in connections.items()
         ]
         for connection in connections.values():
@@ -154,8 +166,13 @@ class Processes:
 
 
 def connect() -> Processes:
-    """Connects the processes of `jax.distributed` with the first one. Every process must call it."""
+    """Connects the processes of `jax.distributed` with the first one. Every process must call it.
+
+    Raises EngineError while they are connected already, or where the first one cannot be reached.
+    """
     rank, count = jax.process_index(), jax.process_count()
+    if any(thread.name.startswith(WATCHER) for thread in threading.enumerate()):
+        raise EngineError("these processes have an engine already: close() it before another is made")
     card = np.zeros(CARD_BYTES, np.uint8)
     if rank == 0:
         key = os.urandom(32)

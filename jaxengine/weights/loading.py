@@ -34,6 +34,7 @@ def load_params(
 ) -> dict[str, jax.Array]:
     """Every canonical parameter in `dtype`, committed to its sharding on `mesh`.
 
+    Of several devices, vocabularies from safetensors and GGUF are padded with zeros to what the devices divide.
     `seed` is for random weights. `borrow`: parameters in memory that are as they should be are not copied.
     `on_tensor(done, total)` is called as tensors arrive. Raises CheckpointError naming all tensors that are missing,
     unexpected, of the wrong shape or of a dtype that is not served, before any is read.
@@ -74,6 +75,7 @@ def _stream(
     checkpoint: Checkpoint, specs: Mapping[str, ParamSpec], dtype: str, mesh: jax.sharding.Mesh, report: OnTensor
 ) -> dict[str, jax.Array]:
     plan = plan_tensors(checkpoint, specs)
+    specs = {path: spec.padded(mesh) for path, spec in specs.items()}
 
     def load(name: str, target: Target) -> list[jax.Array]:
         if mesh.is_multi_process:
@@ -100,12 +102,13 @@ def _place(
     """One tensor as the parameters that it holds, on their way to the devices."""
     if target.transposed:
         spec = specs[target.paths[0]]
+        array = _pad(array, spec.shape[::-1])
         if platform == "cpu":  # the transfer transposes faster than NumPy does
             return [jax.device_put(array.T, spec.sharding(mesh))]
         arrived = jax.device_put(array, ParamSpec(spec.shape[::-1], spec.axes[::-1]).sharding(mesh))
         return [_transposed(spec.sharding(mesh))(arrived)]  # at 1 GB/s a host would be the slowest part
     widths = [specs[path].shape[-1] for path in target.paths]
-    parts = np.split(array, np.cumsum(widths)[:-1], axis=-1)
+    parts = np.split(_pad(array, (*specs[target.paths[0]].shape[:-1], sum(widths))), np.cumsum(widths)[:-1], axis=-1)
     return [jax.device_put(part, specs[path].sharding(mesh)) for path, part in zip(target.paths, parts)]
 
 
@@ -131,7 +134,13 @@ def _read_part(
     """`index` of an array of this shape that begins at `start` of the tensor's last dimension."""
     *others, last = (slice(*each.indices(length)) for each, length in zip(index, shape))
     part = *others, slice(last.start + start, last.stop + start)
-    return checkpoint.reader.read(name, part).astype(jax.numpy.dtype(dtype), copy=False)
+    array = checkpoint.reader.read(name, part).astype(jax.numpy.dtype(dtype), copy=False)
+    return _pad(array, tuple(each.stop - each.start for each in part))
+
+
+def _pad(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    widths = [(0, wanted - found) for wanted, found in zip(shape, array.shape, strict=True)]
+    return np.pad(array, widths) if array.shape != shape else array
 
 
 @cache
