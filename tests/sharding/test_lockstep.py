@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.tiny_llm import OPTIONS, model_folder, shared_llm, write_model
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 30  # in which the others have ended
+PATIENCE = 400
 GREEDY = {"temperature": 0, "max_tokens": 20}
 full = pytest.mark.full
 
@@ -41,11 +43,18 @@ class Job:
                 self.processes.append(
                     subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=file, text=True)
                 )
+        self.timer = threading.Timer(PATIENCE, self.kill)  # processes that wait for one another wait for ever
+        self.timer.start()
 
     def __enter__(self):
         return self
 
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+
     def __exit__(self, *_):
+        self.timer.cancel()
         for process in self.processes:
             process.kill()
             process.wait()
@@ -74,6 +83,7 @@ def members(count, task, folder, other="-"):
 def check_same_tokens(job, count):
     told = job.told()
     assert told["answers"] == answers(shared_llm())
+    assert told["pages"] == [count - 7 for count in shared_llm()._runner.num_pages], "the least of all processes"
     mine, all_ = told["held"]
     assert all_ / count <= mine < all_ / count * 1.1, "each has its share, and norms"
 
@@ -129,7 +139,7 @@ def test_other_weights_and_sleep(tmp_path):
 )
 def test_errors_end_all(task, leader, follower, tmp_path):
     with members(2, task, tmp_path) as job:
-        for (status, errors), wanted in zip(job.ends(300), (leader, follower), strict=True):
+        for (status, errors), wanted in zip(job.ends(PATIENCE), (leader, follower), strict=True):
             assert status != 0 and wanted in errors
 
 
@@ -162,7 +172,7 @@ def test_a_batch_goes_on_after_a_kill_or_sigterm(victim, tmp_path):
     before = out.read_bytes().count(b"\n")
     assert before < len(lines), "the kill came before the end"
     with start() as job:
-        (status, errors), (other, _) = job.ends(300)
+        (status, errors), (other, _) = job.ends(PATIENCE)
         assert (status, other) == (0, 0), errors
         assert f"{before} were done before" in errors
     records = [json.loads(line) for line in out.read_text().splitlines()]
