@@ -5,10 +5,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Client, Listener
 
+import jax
 import pytest
 
 from jaxengine.errors import ConfigError, EngineError
-from jaxengine.processes import Processes, initialize
+from jaxengine.processes import Processes, check_mesh, initialize
+from jaxengine.sharding import create_mesh
+from tests.tiny_llm import shared_llm
 
 
 class Ended(Processes):
@@ -81,6 +84,19 @@ def test_a_lost_connection_is_noticed(three):
         end.shutdown(socket.SHUT_RDWR)
         end.detach()
     assert three[0].ends.wait(10) and three[0].reason.startswith("process 2 of 3 is gone")
+
+
+def test_a_mesh_is_of_all_processes_or_of_one(monkeypatch):
+    check_mesh(create_mesh())
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"1 devices of processes \[0\], in process 1 of 2: .* those of one process"):
+        check_mesh(create_mesh())
+
+
+def test_there_is_nobody_to_follow():
+    with pytest.raises(EngineError, match="processes other than the first"):
+        shared_llm().follow()
 
 
 def test_nobody_to_join(monkeypatch):

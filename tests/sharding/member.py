@@ -5,7 +5,7 @@ import sys
 
 import jax
 
-from jaxengine import LLM, SamplingParams, assembly
+from jaxengine import LLM, JaxEngineError, SamplingParams, assembly
 from tests.tiny_llm import OPTIONS, check_integrity
 
 PREFIX = list(range(5, 45))  # with what follows, more than a step takes
@@ -42,13 +42,25 @@ def say(value):
     sys.stdout.flush()
 
 
-def lead(llm, task, other):
+def check_refused(message, function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except JaxEngineError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"{function} went through")
+
+
+def lead(llm, task, model, other):
     say({"answers": answers(llm), "held": held(llm), "pages": llm._runner.num_pages})
     match task:
         case "forever":
             while True:
                 llm.generate([[7, 8, 9]], SamplingParams(max_tokens=50, ignore_eos=True), use_tqdm=False)
         case "weights":
+            check_refused("give its path", llm.update_weights, {})
+            check_refused("other than the first", llm.follow)
+            check_refused("have an engine already", LLM, model, tensor_parallel_size=jax.device_count())
             for in_place in (False, True):
                 llm.update_weights(other, in_place=in_place)
                 say({"answers": answers(llm)})
@@ -71,12 +83,7 @@ def follow(llm, task):
 
         llm._loop._commands["submit"] = broken
     for method, *arguments in ((llm.generate, [[7]]), (llm.get_metrics,), (llm.update_weights, "x"), (llm.sleep,)):
-        try:
-            method(*arguments)
-        except Exception as error:
-            assert "call follow() here" in str(error), error
-        else:
-            raise AssertionError(f"{method} went through")
+        check_refused("call follow() here", method, *arguments)
     llm.follow()
 
 
@@ -93,7 +100,7 @@ def main(rank, count, address, task, model, other):
         if jax.process_index():
             follow(llm, task)
         else:
-            lead(llm, task, other)
+            lead(llm, task, model, other)
 
 
 if __name__ == "__main__":
