@@ -1,6 +1,8 @@
 """A folder's safetensors files, one or several with an index, read tensor by tensor."""
 
+import itertools
 import json
+import math
 import os
 import weakref
 from functools import cached_property
@@ -39,16 +41,31 @@ class SafetensorsFile:
         self.dtypes = {name: DTYPES.get(entry["dtype"], entry["dtype"]) for name, entry in header.items()}
         self._begin = {name: entry["data_offsets"][0] for name, entry in header.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor. Several threads may read at once."""
-        array = np.empty(self.shapes[name], NUMPY[self.dtypes[name]])
-        left, offset = memoryview(array.reshape(-1).view(np.uint8)), self._start + self._begin[name]
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """One tensor, or the part of it that these slices (with steps of 1) cut out. Several threads may read at once.
+
+        Of a matrix, whole rows are one piece of the file, and parts of rows a piece each.
+        """
+        shape, start = self.shapes[name], self._start + self._begin[name]
+        ranges = [range(*(part[i] if i < len(part) else slice(None)).indices(length)) for i, length in enumerate(shape)]
+        array = np.empty([len(each) for each in ranges], NUMPY[self.dtypes[name]])
+        if array.size == 0:
+            return array
+        strides = np.cumprod([1, *shape[:0:-1]])[::-1]  # in items
+        split = max((i for i, each in enumerate(ranges) if len(each) < shape[i]), default=0)
+        rows = array.reshape(-1, math.prod(array.shape[split:])).view(np.uint8)
+        for row, place in zip(rows, itertools.product(*ranges[:split])):
+            item = sum(i * int(stride) for i, stride in zip(place, strides))
+            item += ranges[split].start * int(strides[split]) if shape else 0
+            self._fill(memoryview(row), start + item * array.itemsize, name)
+        return array
+
+    def _fill(self, left: memoryview, offset: int, name: str) -> None:
         while left:  # a call gives 2 GiB at most
             count = os.preadv(self._descriptor, [left], offset)
             if count == 0:
                 raise ConversionError(f"{self.path}: {name} cannot be read: the file has become shorter")
             left, offset = left[count:], offset + count
-        return array
 
 
 class SafetensorsCheckpoint:
@@ -92,9 +109,10 @@ class SafetensorsCheckpoint:
         """Shape and dtype of every tensor, dtypes that are not served as the file spells them (`I64`)."""
         return {name: (file.shapes[name], file.dtypes[name]) for name, file in self._files.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor of a dtype that is served; KeyError for a name that is not in `names()`. For several threads."""
+    def read(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """One tensor of a dtype that is served, or a part; KeyError for a name that is not in `names()`. For several
+        threads."""
         try:
-            return self._files[name].read(name)
+            return self._files[name].read(name, part)
         except OSError as error:
             raise ConversionError(f"{self.path}: {name} cannot be read: {error}") from error

@@ -3,7 +3,8 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax
 from jaxengine.config import EngineConfig, ModelConfig, ParamRule
 from jaxengine.engine.batch import Buckets, bucket_sizes
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.lockstep import Follower, Leader, runner_commands
+from jaxengine.engine.loop import EngineLoop
 from jaxengine.engine.runner import COMPILERS, Runner
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.shards import together
@@ -21,6 +24,7 @@ from jaxengine.kv_cache import cache_groups
 from jaxengine.live_weights import LiveWeights
 from jaxengine.memory import Sizes, compiling_bytes, plan_pages, temporary_bytes
 from jaxengine.models import one_share
+from jaxengine.processes import Processes, check_mesh, connect
 from jaxengine.progress import counting_bar
 from jaxengine.sharding import DATA, LAYER, as_created, axis_size, create_mesh
 from jaxengine.text import TextSink
@@ -63,12 +67,31 @@ class Parts:
     tokenizer: Tokenizer | None
     sampling_defaults: Mapping[str, Any]
     frontend: Frontend
-    runner: Runner
-    engine: Engine
+    runner: Runner | Leader
+    loop: EngineLoop | Follower
     weights: LiveWeights
 
 
-def assemble(
+def assemble(*, config: EngineConfig, **given: Any) -> Parts:
+    """See `_assemble`. Raises what LLM says."""
+    _set_compilation_cache(config.compilation_cache)
+    if config.mesh is None:
+        mesh = create_mesh(config.tensor_parallel_size, config.data_parallel_size, config.expert_parallel_size)
+    else:
+        mesh = as_created(config.mesh)
+    check_mesh(mesh)
+    processes = connect() if mesh.is_multi_process else None
+    try:
+        return _assemble(mesh, processes, config=config, **given)
+    except BaseException as error:
+        if processes is not None:
+            processes.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _assemble(
+    mesh: jax.sharding.Mesh,
+    processes: Processes | None,
     *,
     model: Any,
     tokenizer: str | os.PathLike | None,
@@ -77,16 +100,11 @@ def assemble(
     param_mapping: Mapping[str, ParamRule] | None,
     **source: Any,
 ) -> Parts:
-    """`source` goes to weights.open_checkpoint, where `model` is no tree of parameters. Raises what LLM says."""
-    _set_compilation_cache(config.compilation_cache)
+    """`source` goes to weights.open_checkpoint, where `model` is no tree of parameters."""
     if isinstance(model, str | os.PathLike):
         checkpoint = open_checkpoint(model, config=model_config, mapping=param_mapping, **source)
     else:
         checkpoint = checkpoint_in_memory(model, model_config, param_mapping)
-    if config.mesh is None:
-        mesh = create_mesh(config.tensor_parallel_size, config.data_parallel_size, config.expert_parallel_size)
-    else:
-        mesh = as_created(config.mesh)
     share = one_share(checkpoint.config, mesh)
     device = mesh.devices.flat[0]
     if device.platform not in PLATFORMS:
@@ -94,6 +112,8 @@ def assemble(
     defaults = PLATFORMS[device.platform]
     config = _resolve(config, checkpoint, defaults, device)
     assert config.max_model_len and config.max_num_seqs and config.max_num_batched_tokens
+    if processes is not None:
+        processes.check_same(_facts(config, checkpoint.config, mesh))
     sizes = Sizes(
         config.max_num_seqs,
         config.max_num_batched_tokens,
@@ -111,7 +131,9 @@ def assemble(
     groups = cache_groups(share.windows, share.num_kv_heads, share.head_dim)
     temporary = temporary_bytes(share, sizes, config.max_logprobs, config.dtype, config.attention)
     reserved = temporary + COMPILERS * compiling_bytes(share, sizes, config.dtype)
-    num_pages = plan_pages(config, share, groups, sizes, config.kv_cache_dtype, reserved, list(mesh.devices.flat))
+    num_pages = plan_pages(config, share, groups, sizes, config.kv_cache_dtype, reserved, mesh.local_devices)
+    if processes is not None:
+        num_pages = processes.least(num_pages)
     buckets = Buckets(
         rows=bucket_sizes(min(defaults.smallest_rows, sizes.max_num_seqs), sizes.max_num_seqs, ROW_STEP),
         tokens=bucket_sizes(
@@ -123,11 +145,13 @@ def assemble(
         max_num_seqs=sizes.max_num_seqs,
         steps=(1, steps) if steps > 1 else (1,),
     )
-    runner = Runner(
+    own = Runner(
         config, checkpoint.config, params, groups=groups, num_pages=num_pages, buckets=buckets,
         max_model_len=sizes.max_model_len, prompt_chunk=sizes.prompt_chunk, cache_dtype=config.kv_cache_dtype,
         attention=config.attention, temporary_bytes=temporary, mesh=mesh, borrowed=borrowed,
     )  # fmt: skip
+    leader = Leader(own, processes) if processes is not None and processes.rank == 0 else None
+    runner = leader or own
     schedulers = [
         Scheduler(
             groups, num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs,
@@ -148,13 +172,39 @@ def assemble(
         TextSink(words),
         vocab_size=checkpoint.config.vocab_size,
         steps_in_flight=config.steps_in_flight,
-        is_device_error=lambda error: isinstance(error, jax.errors.JaxRuntimeError),
+        is_device_error=partial(_is_device_error, leader),
     )
     if config.warmup:
         with counting_bar("Compiling") as progress:
-            runner.warmup(progress)
+            own.warmup(progress)
     weights = LiveWeights(config, checkpoint.config, mesh, param_mapping, runner)
-    return Parts(config, checkpoint.config, words, checkpoint.sampling_defaults, frontend, runner, engine, weights)
+    loop: EngineLoop | Follower
+    if processes is None:
+        loop = EngineLoop(engine, on_exit=lambda reason: own.close())
+    elif leader is not None:
+        leader.commands |= {"load": weights.load}
+        loop = EngineLoop(engine, on_exit=leader.close)
+    else:
+        loop = Follower(runner_commands(own) | {"load": weights.load}, own.close, processes)
+    return Parts(config, checkpoint.config, words, checkpoint.sampling_defaults, frontend, runner, loop, weights)
+
+
+def _is_device_error(leader: Leader | None, error: Exception) -> bool:
+    found = isinstance(error, jax.errors.JaxRuntimeError)
+    if found and leader is not None:
+        leader.lose(error)
+    return found
+
+
+def _facts(config: EngineConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """What must be the same in every process, for their programs to be the same."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    facts = asdict(model) | {field.name: getattr(config, field.name) for field in fields(config)} | {
+        "jax": jax.__version__,
+        "devices": [device.id for device in mesh.devices.flat],
+        "XLA_FLAGS": [flag for flag in flags if not flag.startswith("--xla_dump")],
+    }  # fmt: skip
+    return {name: fact for name, fact in facts.items() if name not in ("mesh", "compilation_cache")}
 
 
 def _resolve(

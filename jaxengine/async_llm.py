@@ -155,5 +155,5 @@ class AsyncLLM:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
+    async def __aexit__(self, *error: Any) -> None:
+        await asyncio.to_thread(self._llm.__exit__, *error)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 
 from jaxengine.config import EngineConfig
-from jaxengine.errors import JaxEngineError
+from jaxengine.errors import ConfigError, JaxEngineError
 from jaxengine.request import SamplingParams
 
 # Where the weights and the tokenizer come from: LLM's own arguments, which EngineConfig knows nothing of.
@@ -116,6 +116,12 @@ def source_options() -> Options:
 CHAT_DEFAULTS = {"max_tokens": None}
 ENGINE = source_options() | field_options(EngineConfig)
 SAMPLED = field_options(SamplingParams, SAMPLING)
+PROCESSES = {
+    "distributed": option("distributed", bool, False, "Join others that share a mesh, as jax.distributed finds them."),
+    "coordinator_address": option("coordinator_address", str, None, "Where to join them: host:port of the first."),
+    "num_processes": option("num_processes", int, None, "How many they are, where jax.distributed cannot know."),
+    "process_id": option("process_id", int, None, "The number of this one, likewise."),
+}
 SAMPLED_IN_CHAT = field_options(SamplingParams, SAMPLING, **CHAT_DEFAULTS)
 app = typer.Typer(
     name="jaxengine", help="LLM inference in JAX.", add_completion=False, no_args_is_help=True,
@@ -126,12 +132,20 @@ app.add_typer(bench, name="bench")
 
 
 @contextmanager
-def open_llm(engine: Given) -> Iterator[Any]:
-    """An LLM with these options."""
+def open_llm(engine: Given, processes: Given) -> Iterator[Any]:
+    """An LLM with these options, in the first of several processes; in the others this does its part and exits."""
     from jaxengine.llm import LLM
+    from jaxengine.processes import initialize
 
     claim_memory(engine)
+    joins = processes and processes.get("distributed", True)
+    rank = initialize(**{name: value for name, value in processes.items() if name != "distributed"}) if joins else 0
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all at once: the first one decides
     with LLM(**llm_arguments(engine)) as llm:
+        if rank:
+            llm.follow()
+            raise typer.Exit()
         yield llm
 
 
@@ -164,18 +178,19 @@ def print_stream(outputs: Iterator[Any]) -> str:
 
 
 @app.command()
-@takes(engine=ENGINE, sampling=SAMPLED)
+@takes(engine=ENGINE, sampling=SAMPLED, processes=PROCESSES)
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="Texts to continue; '-' reads one from standard input.")],
     engine: Given,
     sampling: Given,
+    processes: Given,
 ) -> None:
     """Continue texts: one is streamed, several run together.
 
     A model's generation_config may set other sampling defaults than those shown.
     """
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
-    with open_llm(engine) as llm:
+    with open_llm(engine, processes) as llm:
         params = sampling_params(llm, sampling)
         if len(texts) == 1:
             print(texts[0], end="", flush=True)
@@ -186,10 +201,11 @@ def generate(
 
 
 @app.command()
-@takes(engine=ENGINE, sampling=SAMPLED_IN_CHAT)
+@takes(engine=ENGINE, sampling=SAMPLED_IN_CHAT, processes=PROCESSES)
 def chat(
     engine: Given,
     sampling: Given,
+    processes: Given,
     message: Annotated[str | None, typer.Option(help="Answer this one message and end.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
 ) -> None:
@@ -198,7 +214,7 @@ def chat(
     A model's generation_config may set other sampling defaults than those shown.
     """
     start = [{"role": "system", "content": system}] if system else []
-    with open_llm(engine) as llm:
+    with open_llm(engine, processes) as llm:
         params = replace(sampling_params(llm, CHAT_DEFAULTS | sampling), output_kind="delta")
         if message is not None:
             print_stream(llm.chat([*start, {"role": "user", "content": message}], params, stream=True))
@@ -229,10 +245,11 @@ def read_line() -> str:
 
 
 @app.command()
-@takes(engine=ENGINE, sampling=SAMPLED)
+@takes(engine=ENGINE, sampling=SAMPLED, processes=PROCESSES)
 def run_batch(
     engine: Given,
     sampling: Given,
+    processes: Given,
     input: Annotated[Path, typer.Option("-i", "--input", help="JSONL in OpenAI's batch format; or .csv, .parquet.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="JSONL; what it holds already is not done again.")],
     column: Annotated[str | None, typer.Option(help="Of a table, the column with the prompts.")] = None,
@@ -258,10 +275,12 @@ def run_batch(
     from jaxengine.evaluate.batch import Stop
     from jaxengine.evaluate.replicas import run_batch_replicas
 
+    if replicas is not None and processes:
+        raise ConfigError(f"{replicas=} are engines of one device each, that share no mesh with {processes}")
     stop = Stop()
     with ExitStack() as stack:
         if replicas is None:
-            run: Callable[..., Any] = stack.enter_context(open_llm(engine)).run_batch
+            run: Callable[..., Any] = stack.enter_context(open_llm(engine, processes)).run_batch
         else:
             run = partial(run_batch_replicas, replicas=replicas, engine=llm_arguments(engine))
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: stop.set()))
@@ -305,9 +324,10 @@ def convert(
 
 
 @bench.command()
-@takes(engine=ENGINE)
+@takes(engine=ENGINE, processes=PROCESSES)
 def latency(
     engine: Given,
+    processes: Given,
     batch_size: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 8,
     input_len: Annotated[int, typer.Option(help="Prompt tokens a request.", min=1)] = 32,
     output_len: Annotated[int, typer.Option(help="Output tokens a request.", min=1)] = 128,
@@ -318,13 +338,14 @@ def latency(
     """Run one batch after another, watching every token."""
     from jaxengine.benchmark.serving import run_watched
 
-    measure(run_watched, engine, batch_size, input_len, output_len, num_iters, num_iters_warmup, output_json)
+    measure(run_watched, engine, processes, batch_size, input_len, output_len, num_iters, num_iters_warmup, output_json)
 
 
 @bench.command()
-@takes(engine=ENGINE)
+@takes(engine=ENGINE, processes=PROCESSES)
 def throughput(
     engine: Given,
+    processes: Given,
     num_prompts: Annotated[int, typer.Option(help="Requests, all at once.", min=1)] = 100,
     input_len: Annotated[int, typer.Option(help="Prompt tokens a request.", min=1)] = 512,
     output_len: Annotated[int, typer.Option(help="Output tokens a request.", min=1)] = 128,
@@ -333,19 +354,19 @@ def throughput(
     """Run many requests at once, after a first run of as many that compiles."""
     from jaxengine.benchmark.serving import run
 
-    measure(run, engine, num_prompts, input_len, output_len, 1, 1, output_json)
+    measure(run, engine, processes, num_prompts, input_len, output_len, 1, 1, output_json)
 
 
 def measure(
-    how: Callable[..., Any], engine: Given, count: int, input_len: int, output_len: int, iters: int, warmup: int,
-    output_json: Path | None,
+    how: Callable[..., Any], engine: Given, processes: Given, count: int, input_len: int, output_len: int, iters: int,
+    warmup: int, output_json: Path | None,
 ) -> None:  # fmt: skip
     """Runs `warmup + iters` batches, their prompts all different: nothing comes from the prefix cache."""
     from jaxengine.benchmark.serving import fixed_length, random_prompts, summarize, table
     from jaxengine.progress import counting_bar
 
     runs = []
-    with open_llm(engine) as llm, counting_bar("Batches") as progress:
+    with open_llm(engine, processes) as llm, counting_bar("Batches") as progress:
         for seed in range(warmup + iters):
             prompts = random_prompts(count, input_len, llm.vocab_size, seed)
             runs.append(how(llm, prompts, [fixed_length(output_len)] * count))

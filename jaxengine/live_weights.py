@@ -4,16 +4,18 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any, get_args
 
 import jax
 
 from jaxengine.config import EngineConfig, ModelConfig, ParamRule
 from jaxengine.engine.engine import Engine
+from jaxengine.engine.lockstep import Follower, Leader
 from jaxengine.engine.loop import EngineLoop
 from jaxengine.engine.runner import Runner
 from jaxengine.engine.updates import PendingUpdate, UpdateMode
-from jaxengine.errors import CheckpointError, ConfigError, EngineError, MemoryPlanError
+from jaxengine.errors import CheckpointError, ConfigError, EngineError, MemoryPlanError, UnsupportedError
 from jaxengine.request import WeightUpdate
 from jaxengine.weights import Checkpoint, check_params, checkpoint_in_memory, open_checkpoint
 from jaxengine.weights.prepared import Prepared, load_prepared
@@ -32,7 +34,7 @@ class LiveWeights:
         model: ModelConfig,
         mesh: jax.sharding.Mesh,
         mapping: Mapping[str, ParamRule] | None,
-        runner: Runner,
+        runner: Runner | Leader,
     ):
         self._config, self._model, self._mesh, self._mapping = config, model, mesh, mapping
         self._runner = runner
@@ -40,7 +42,7 @@ class LiveWeights:
 
     def update(
         self,
-        loop: EngineLoop,
+        loop: EngineLoop | Follower,
         source: Any,
         version: int | None,
         mode: UpdateMode,
@@ -53,8 +55,7 @@ class LiveWeights:
         _check_version(version)
         with self._turn:
             loop.call(lambda engine: engine.check_awake())
-            checkpoint = self._open(source, mapping)
-            install = self._in_place(checkpoint) if in_place else self._staged(checkpoint, STAGED)
+            install = self._install(source, mapping, in_place, STAGED)
             update = PendingUpdate(version, mode, install, destructive=in_place)
             loop.call(lambda engine: engine.update_weights(update))
             try:
@@ -63,7 +64,7 @@ class LiveWeights:
                 if not update.done.done():  # the caller was interrupted
                     loop.call(lambda engine: engine.drop_update(EngineError("the update was withdrawn")))
 
-    def sleep(self, loop: EngineLoop, level: int) -> None:
+    def sleep(self, loop: EngineLoop | Follower, level: int) -> None:
         """See LLM.sleep."""
         if level not in (1, 2):
             raise ConfigError(f"{level=} must be 1 (gives up the KV cache) or 2 (the weights too)")
@@ -75,7 +76,7 @@ class LiveWeights:
         with self._turn:
             loop.call(fall_asleep)
 
-    def wake_up(self, loop: EngineLoop, source: Any, version: int | None) -> None:
+    def wake_up(self, loop: EngineLoop | Follower, source: Any, version: int | None) -> None:
         """See LLM.wake_up."""
 
         def wake(engine: Engine) -> None:
@@ -95,7 +96,7 @@ class LiveWeights:
                 raise ConfigError("sleep(level=2) gave up the weights: wake_up(params_or_path) brings others")
             update = None
             if level == 2:
-                install = self._staged(self._open(source, None), "the engine still sleeps: free memory first")
+                install = self._install(source, None, False, "the engine still sleeps: free memory first")
                 update = PendingUpdate(version, "continue", install, destructive=False)
             try:
                 if level:
@@ -107,6 +108,23 @@ class LiveWeights:
                     f"there is no room for the KV cache yet ({error}); the engine still sleeps: free memory, then "
                     "wake_up() again"
                 ) from error
+
+    def load(self, source: str | os.PathLike, mapping: Mapping[str, ParamRule] | None, in_place: bool) -> None:
+        """What every process does, between two steps, when there are several."""
+        checkpoint = self._open(source, mapping)
+        (self._in_place(checkpoint) if in_place else self._staged(checkpoint, STAGED))()
+
+    def _install(self, source: Any, mapping: Mapping[str, ParamRule] | None, in_place: bool, remedy: str) -> Any:
+        """Checks, and returns what is to be called when no step is in flight."""
+        if isinstance(self._runner, Leader) and not isinstance(source, str | os.PathLike):
+            raise UnsupportedError(
+                f"weights of type {type(source).__name__} for an engine of several processes: write them as a "
+                "checkpoint, in a folder that every process can read, and give its path"
+            )
+        checkpoint = self._open(source, mapping)
+        if isinstance(self._runner, Leader):
+            return partial(self._runner.everywhere, "load", source, mapping, in_place)
+        return self._in_place(checkpoint) if in_place else self._staged(checkpoint, remedy)
 
     def _open(self, source: Any, mapping: Mapping[str, ParamRule] | None) -> Checkpoint:
         """Everything checked that can be without reading weights."""

@@ -1,8 +1,10 @@
 """LLM: text in, text out. The one place that wires the parts together."""
 
+import atexit
 import logging
 import os
 import queue
+import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
@@ -13,6 +15,7 @@ from typing import Any, Literal, Self, overload
 
 from jaxengine.beam_search import BeamSearchOutput, beam_search
 from jaxengine.config import EngineConfig, ModelConfig, ParamRule, engine_option_names
+from jaxengine.engine.lockstep import Follower, Leader
 from jaxengine.engine.loop import EngineLoop
 from jaxengine.errors import ConfigError, EngineError, RequestError, UnsupportedError, WeightsDeletedError
 from jaxengine.evaluate.batch import BatchSummary, run_batch
@@ -108,8 +111,10 @@ class LLM(TextMethods):
         self._tokenizer, self._sampling_defaults = parts.tokenizer, parts.sampling_defaults
         self.frontend: Frontend = parts.frontend
         self._runner, self._weights = parts.runner, parts.weights
-        self._loop = EngineLoop(parts.engine, on_exit=parts.runner.close)
+        self._loop = parts.loop
         self._finalizer = weakref.finalize(self, self._loop.close)  # also when the interpreter ends
+        if isinstance(parts.runner, Leader):  # jax waits for the other processes in its own hook, which must come later
+            atexit.register(_close_at_exit, self._loop)
 
     # -- text
 
@@ -268,6 +273,16 @@ class LLM(TextMethods):
         """
         self._weights.wake_up(self._loop, params, version)
 
+    def follow(self) -> None:
+        """In each of several processes but the first: does what process 0 does with its LLM, until that is closed.
+
+        Raises EngineError where there is nobody to follow, or when an error ended process 0. When a process is gone,
+        the others exit with status 1. See docs/several_hosts.md.
+        """
+        if not isinstance(self._loop, Follower):
+            raise EngineError("follow() is for processes other than the first, of several that share a mesh")
+        self._loop.follow()
+
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding; the tokenizer may name fewer."""
@@ -285,8 +300,9 @@ class LLM(TextMethods):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._loop.close(_reason(error))
+        self._finalizer.detach()
 
     # -- requests
 
@@ -380,6 +396,14 @@ class LLM(TextMethods):
                 found[output.request_id] = output
                 show(output)
         return RequestOutputs(found[request_id] for request_id in order)
+
+
+def _reason(error: BaseException | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _close_at_exit(loop: EngineLoop | Follower) -> None:
+    loop.close(_reason(getattr(sys, "last_exc", None)))  # what ended the program
 
 
 def _each(name: str, value: Any) -> Iterator[Any]:

@@ -46,8 +46,14 @@ class ParamSpec:
         if len(self.shape) != len(self.axes):
             raise ValueError(f"{self.shape=} and {self.axes=} differ in length")
 
+    def padded(self, mesh: Mesh) -> "ParamSpec":
+        """The same with a vocabulary that the devices divide; `models.prepare` sees to it that padding is not drawn."""
+        devices = axis_size(mesh, RULES["vocab"])
+        sizes = (size + -size % devices if axis == "vocab" else size for size, axis in zip(self.shape, self.axes))
+        return ParamSpec(tuple(sizes), self.axes)
+
     def sharding(self, mesh: Mesh) -> NamedSharding:
-        """Its place on a mesh. A dimension that the devices do not divide is whole on each, until `prepare` pads it."""
+        """Its place on a mesh. A dimension that the devices do not divide is whole on each: see `padded`."""
         names = named_sharding(mesh, self.axes).spec
         return NamedSharding(
             mesh,

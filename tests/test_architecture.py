@@ -34,13 +34,14 @@ TABLE: dict[str, set[str]] = {
     "embedding": EVERYBODY | {"request"},
     "text_methods": EVERYBODY | {"scoring", "reranking", "embedding", "request", "tokenizer"},
     "engine": EVERYBODY | {"request", "step", "models", "layers", "sampling", "kv_cache", "sharding"},
+    "processes": EVERYBODY,
     "progress": EVERYBODY | {"request"},
     "memory": EVERYBODY | {"kv_cache"},
     "live_weights": EVERYBODY | {"engine", "weights", "request"},
     "frontend": EVERYBODY | {"engine", "request", "tokenizer"},
     "assembly": EVERYBODY
     | {"engine", "weights", "live_weights", "tokenizer", "text", "frontend", "memory", "progress", "kv_cache"}
-    | {"models", "sharding"},
+    | {"models", "processes", "sharding"},
     "beam_search": EVERYBODY | {"frontend", "progress", "request"},
     "llm": EVERYBODY
     | {"assembly", "frontend", "beam_search", "progress", "engine", "tokenizer", "request", "evaluate"}

@@ -64,8 +64,8 @@ def llm(monkeypatch):
     fake = FakeLLM()
 
     @contextmanager
-    def open_llm(engine):
-        fake.engine = engine
+    def open_llm(engine, processes):
+        fake.engine, fake.processes = engine, processes
         yield fake
 
     monkeypatch.setattr(cli, "open_llm", open_llm)

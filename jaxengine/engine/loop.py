@@ -17,13 +17,14 @@ Listener = Callable[[Request], None]  # called in the engine's thread: it must n
 class EngineLoop:
     """Steps an engine while it has work. Every method may be called from any thread."""
 
-    def __init__(self, engine: Engine, on_exit: Callable[[], None] = lambda: None):
-        """`on_exit` is called in the thread when it ends, after the last step."""
+    def __init__(self, engine: Engine, on_exit: Callable[[str | None], None] = lambda reason: None):
+        """`on_exit` is called in the thread when it ends, after the last step, with the error that made it end."""
         self._engine, self._on_exit = engine, on_exit
         self._wake = threading.Condition(threading.RLock())
         self._commands: list[Callable[[], None]] = []
         self._listeners: dict[str, tuple[Request, Listener]] = {}
         self._end: EngineError | None = None  # why no more requests are taken
+        self._reason: str | None = None  # the error, if one ended it
         self._thread = threading.Thread(target=self._run, name="jaxengine", daemon=True)
         self._thread.start()
 
@@ -68,9 +69,10 @@ class EngineLoop:
         """Requests that have not ended."""
         return len(self._listeners)
 
-    def close(self) -> None:
-        """Ends every request and the thread; a second call does nothing."""
+    def close(self, reason: str | None = None) -> None:
+        """Ends every request and the thread; a second call does nothing. `reason`: of a program that fails."""
         with self._wake:
+            self._reason = self._reason or reason
             self._end = self._end or EngineClosedError("the engine was closed")
             self._wake.notify()
         if threading.current_thread() is not self._thread:  # a finalizer may run anywhere
@@ -112,12 +114,12 @@ class EngineLoop:
         except Exception as error:
             logger.exception("the engine ended")
             self._end = EngineError(f"the engine cannot go on: {type(error).__name__}: {error}")
-            self._end.__cause__ = error
+            self._end.__cause__, self._reason = error, str(self._end)
         finally:
             try:
                 self._fail_all()
             finally:
-                self._on_exit()
+                self._on_exit(self._reason)
 
     def _next_commands(self) -> list[Callable[[], None]] | None:
         """What to do before the next step; waits while there is nothing at all. None: the end."""

@@ -299,8 +299,11 @@ class Runner:
             function, arguments = on_each_device(function, arguments, specs, out, self.mesh)
         on_gpu = self.mesh.devices.flat[0].platform == "gpu"
         cublas = name == "decode" and key[0].rows >= CUBLAS_ROWS and on_gpu
-        options = {"xla_gpu_enable_triton_gemm": False} if cublas else None
-        return jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options).lower(*arguments)
+        options = {"xla_gpu_enable_triton_gemm": False} if cublas else {}
+        if self.mesh.is_multi_process and on_gpu:  # one that finds the program in its cache would keep others waiting
+            options |= {"xla_gpu_shard_autotuning": False}
+        jitted = jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options or None)
+        return jitted.lower(*arguments)
 
     def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, packed):
         """`bucket.steps` new tokens for each row [rows, steps], head and sampler included."""

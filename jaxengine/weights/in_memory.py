@@ -103,7 +103,10 @@ def place(
 
 def _placed(value: Any, dtype: str, sharding: jax.sharding.NamedSharding, may_keep: bool) -> jax.Array:
     if not isinstance(value, jax.Array):  # a copy in any case: the owner of NumPy's memory may write to it
-        return jax.device_put(np.asarray(value).astype(jnp.dtype(dtype)), sharding)
+        array = np.asarray(value).astype(jnp.dtype(dtype))
+        if sharding.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)  # device_put would compare all
     if str(value.dtype) != dtype:
         value, may_keep = _cast(value, dtype), True
     if may_keep and value.sharding.is_equivalent_to(sharding, value.ndim):

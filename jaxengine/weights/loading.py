@@ -1,8 +1,8 @@
 """Canonical parameters, each on its devices: streamed from files, restored from Orbax, or drawn at random."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ def load_params(
 ) -> dict[str, jax.Array]:
     """Every canonical parameter in `dtype`, committed to its sharding on `mesh`.
 
+    Of several devices, vocabularies from safetensors and GGUF are padded with zeros to what the devices divide.
     `seed` is for random weights. `borrow`: parameters in memory that are as they should be are not copied.
     `on_tensor(done, total)` is called as tensors arrive. Raises CheckpointError naming all tensors that are missing,
     unexpected, of the wrong shape or of a dtype that is not served, before any is read.
@@ -74,18 +75,21 @@ def _stream(
     checkpoint: Checkpoint, specs: Mapping[str, ParamSpec], dtype: str, mesh: jax.sharding.Mesh, report: OnTensor
 ) -> dict[str, jax.Array]:
     plan, shapes = plan_tensors(checkpoint, specs), _shapes(checkpoint.config, specs)
+    specs = {path: spec.padded(mesh) for path, spec in specs.items()}
     jobs: dict[tuple[str, ...], list[str]] = {}  # parameters -> the tensors that hold them: one, or each expert's
-    for name, target in plan.items():
+    for name, target in sorted(plan.items(), key=lambda item: item[1].index or 0):
         jobs.setdefault(target.paths, []).append(name)
 
     def load(names: list[str]) -> list[jax.Array]:
         target, kind = plan[names[0]], jax.numpy.dtype(dtype)
+        if mesh.is_multi_process:
+            return jax.block_until_ready(_read_own(checkpoint, names, target, specs, dtype, mesh))
         if target.index is None:
             array = checkpoint.reader.read(names[0]).astype(kind, copy=False)
         else:
             array = np.empty((len(names), *target.stored_shape(shapes)), kind)
-            for name in names:
-                array[plan[name].index] = checkpoint.reader.read(name)
+            for i, name in enumerate(names):
+                array[i] = checkpoint.reader.read(name)
         return jax.block_until_ready(_place(array, target, specs, mesh, platform))
 
     platform = mesh.devices.flat[0].platform
@@ -107,18 +111,60 @@ def _place(
     """One tensor, or several that were stacked, as the parameters that it holds, on their way to the devices."""
     if target.transposed:
         spec = specs[target.paths[0]]
+        array = _pad(array, _swapped(spec.shape))
         if platform == "cpu":  # the transfer transposes faster than NumPy does
             return [jax.device_put(array.swapaxes(-1, -2), spec.sharding(mesh))]
         arrived = jax.device_put(array, ParamSpec(_swapped(spec.shape), _swapped(spec.axes)).sharding(mesh))
         return [_transposed(spec.sharding(mesh))(arrived)]  # at 1 GB/s a host would be the slowest part
     widths = [specs[path].shape[-1] for path in target.paths]
-    parts = np.split(array, np.cumsum(widths)[:-1], axis=-1)
+    parts = np.split(_pad(array, (*specs[target.paths[0]].shape[:-1], sum(widths))), np.cumsum(widths)[:-1], axis=-1)
     return [jax.device_put(part, specs[path].sharding(mesh)) for path, part in zip(target.paths, parts)]
 
 
 def _swapped[T](entries: tuple[T, ...]) -> tuple[T, ...]:
     """Those of the last two dimensions, the other way round."""
     return (*entries[:-2], entries[-1], entries[-2])
+
+
+def _read_own(
+    checkpoint: Checkpoint, names: Sequence[str], target: Target, specs: Mapping[str, ParamSpec], dtype: str,
+    mesh: jax.sharding.Mesh,
+) -> list[jax.Array]:  # fmt: skip
+    """The same of several processes, each of which reads what its devices hold and no more."""
+    placed, start = [], 0
+    for path in target.paths:
+        spec = specs[path]
+        stored = ParamSpec(_swapped(spec.shape), _swapped(spec.axes)) if target.transposed else spec
+        part = partial(_read_part, checkpoint, dtype, start)
+        stacked = target.index is not None
+        read = partial(_stack_parts, part, names) if stacked else partial(part, names[0])
+        held = cache(partial(read, stored.shape))  # devices may hold the same
+        arrived = jax.make_array_from_callback(stored.shape, stored.sharding(mesh), held)
+        placed.append(_transposed(spec.sharding(mesh))(arrived) if target.transposed else arrived)
+        start += stored.shape[-1]
+    return placed
+
+
+def _stack_parts(
+    part: Callable[..., np.ndarray], names: Sequence[str], shape: tuple[int, ...], index: tuple[slice, ...]
+) -> np.ndarray:
+    """`index` of an array of this shape whose entries are these tensors."""
+    return np.stack([part(name, shape[1:], index[1:]) for name in names[index[0]]])
+
+
+def _read_part(
+    checkpoint: Checkpoint, dtype: str, start: int, name: str, shape: tuple[int, ...], index: tuple[slice, ...]
+) -> np.ndarray:
+    """`index` of an array of this shape that begins at `start` of the tensor's last dimension."""
+    *others, last = (slice(*each.indices(length)) for each, length in zip(index, shape))
+    part = *others, slice(last.start + start, last.stop + start)
+    array = checkpoint.reader.read(name, part).astype(jax.numpy.dtype(dtype), copy=False)
+    return _pad(array, tuple(each.stop - each.start for each in part))
+
+
+def _pad(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    widths = [(0, wanted - found) for wanted, found in zip(shape, array.shape, strict=True)]
+    return np.pad(array, widths) if array.shape != shape else array
 
 
 @cache

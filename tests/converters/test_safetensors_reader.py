@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from converters import ConversionError
 from converters.safetensors_reader import SafetensorsCheckpoint
@@ -78,3 +79,16 @@ def test_an_index_that_is_none(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ConversionError, match=r"index\.json"):
         SafetensorsCheckpoint(tmp_path).names()
+
+
+@pytest.mark.parametrize("part", [(), (slice(2, 5),), (slice(None), slice(3, 7)), (slice(1, 6), slice(0, 1)),
+                                  (slice(0, 0), slice(None)), (slice(5, 99), slice(2, 99))])  # fmt: skip
+def test_a_part_of_a_tensor(tmp_path, part):
+    """What lies beyond the tensor is left out, as NumPy does."""
+    tensors = {"matrix": np.arange(56, dtype=np.float32).reshape(7, 8), "vector": np.arange(9, dtype=np.float32)}
+    tensors["cube"] = np.arange(7 * 8 * 5, dtype=np.float32).reshape(7, 8, 5)
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    for name in ("matrix", "cube"):
+        np.testing.assert_array_equal(checkpoint.read(name, part), tensors[name][part])
+    np.testing.assert_array_equal(checkpoint.read("vector", part[:1]), tensors["vector"][part[:1]])

@@ -14,6 +14,7 @@ from jaxengine.errors import WeightsDeletedError
 from jaxengine.kv_cache import AXES
 from jaxengine.models import param_specs
 from jaxengine.sharding import LAYER, create_mesh, gather, named_sharding, on_each_device
+from jaxengine.weights import load_params, open_checkpoint
 from jaxengine.weights.checkpoint import read_config
 from tests.references import tiny
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, restrict
@@ -197,6 +198,18 @@ def test_a_mesh_of_ones_own():
         [output] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 2
         assert llm._runner._cache.k[0].sharding.device_set == set(devices)
+
+
+@pytest.mark.parametrize("several_processes", [False, True])
+def test_a_vocabulary_that_needs_padding_is_loaded_in_shares(several_processes, monkeypatch):
+    """Of 600 rows seven devices have 86 each, the last one 84 and zeros."""
+    mesh, whole = create_mesh(7), load_params(open_checkpoint(model_folder()), "float32", create_mesh())
+    monkeypatch.setattr(Mesh, "is_multi_process", property(lambda mesh: several_processes))
+    found = load_params(open_checkpoint(model_folder()), "float32", mesh)
+    for path, axis in {"embed_tokens.embedding": 0, "lm_head.kernel": 1}.items():
+        assert [shard.data.shape[axis] for shard in found[path].addressable_shards] == [86] * 7
+        np.testing.assert_array_equal(np.take(found[path], range(600), axis), whole[path])
+        assert not np.take(found[path], [600, 601], axis).any()
 
 
 @full
