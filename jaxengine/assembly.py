@@ -21,7 +21,7 @@ from jaxengine.live_weights import LiveWeights
 from jaxengine.memory import Sizes, compiling_bytes, plan_pages, temporary_bytes
 from jaxengine.models import one_share
 from jaxengine.progress import counting_bar
-from jaxengine.sharding import create_mesh, layer_mesh
+from jaxengine.sharding import LAYER, as_created, axis_size, create_mesh
 from jaxengine.text import TextSink
 from jaxengine.tokenizer import Tokenizer
 from jaxengine.weights import Checkpoint, checkpoint_in_memory, open_checkpoint
@@ -85,7 +85,7 @@ def assemble(
     if config.mesh is None:
         mesh = create_mesh(config.tensor_parallel_size, expert=config.expert_parallel_size)
     else:
-        mesh = layer_mesh(config.mesh)
+        mesh = as_created(config.mesh)
     share = one_share(checkpoint.config, mesh)
     device = mesh.devices.flat[0]
     if device.platform not in PLATFORMS:
@@ -102,7 +102,9 @@ def assemble(
     )
     words = _load_tokenizer(tokenizer, checkpoint, source.get("download_dir"))
     params, borrowed = _load_weights(checkpoint, config, mesh)
-    short = device.platform == "gpu" and sum(p.nbytes for p in params.values()) / mesh.size < SHORT_STEP_BYTES
+    short = (
+        device.platform == "gpu" and sum(p.nbytes for p in params.values()) / axis_size(mesh, LAYER) < SHORT_STEP_BYTES
+    )
     steps = config.steps_per_call or (SHORT_STEPS if short else 1)
     config = replace(config, steps_per_call=steps)
     groups = cache_groups(share.windows, share.num_kv_heads, share.head_dim)

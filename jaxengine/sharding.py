@@ -55,7 +55,7 @@ class ParamSpec:
         )
 
 
-def create_mesh(tensor: int = 1, data: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def create_mesh(tensor: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None, expert: int = 1) -> Mesh:
     """A mesh of `data x expert x tensor` devices, the first ones unless `devices` names others.
 
     Raises ConfigError when there are fewer devices than asked for.
@@ -68,7 +68,7 @@ def create_mesh(tensor: int = 1, data: int = 1, expert: int = 1, devices: Sequen
     return Mesh(grid, ("data", EXPERT, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
-def layer_mesh(mesh: Mesh) -> Mesh:
+def as_created(mesh: Mesh) -> Mesh:
     """The devices of a mesh of which no axes but `expert` and `tensor` have several, as `create_mesh` has them.
 
     Raises UnsupportedError for other meshes.
@@ -78,9 +78,9 @@ def layer_mesh(mesh: Mesh) -> Mesh:
             f"mesh {dict(mesh.shape)}: only the axes {EXPERT!r} and {TENSOR!r} may have several devices, as in "
             f'Mesh(devices, ("{TENSOR}",)); for replicas make an engine for each group of devices'
         )
-    order = sorted(range(len(mesh.axis_names)), key=lambda i: mesh.axis_names[i] == TENSOR)  # it varies fastest
-    devices = mesh.devices.transpose(order).flatten().tolist()
-    return create_mesh(mesh.shape.get(TENSOR, 1), expert=mesh.shape.get(EXPERT, 1), devices=devices)
+    tensor_last = sorted(range(mesh.devices.ndim), key=lambda i: mesh.axis_names[i] == TENSOR)
+    devices = mesh.devices.transpose(tensor_last).flatten().tolist()
+    return create_mesh(axis_size(mesh, TENSOR), devices=devices, expert=axis_size(mesh, EXPERT))
 
 
 def axis_size(mesh: Mesh, axis: Axis | None) -> int:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxengine.config import ModelConfig
 from jaxengine.errors import WeightsDeletedError
 from jaxengine.models import build, logical_axes, one_share
-from jaxengine.sharding import LAYER, named_sharding
+from jaxengine.sharding import LAYER, axis_size, named_sharding
 
 
 class DeviceWeights:
@@ -21,7 +21,9 @@ class DeviceWeights:
     ):
         """`params` are canonical or prepared. `borrowed`: somebody else may delete them."""
         self._model, self._max_model_len = one_share(model, mesh), max_model_len
-        self.axis = LAYER if mesh.size > 1 else None  # over which programs run on each device's share of the leaves
+        self.axis = (
+            LAYER if axis_size(mesh, LAYER) > 1 else None
+        )  # over which programs run on each device's share of the leaves
         self._graph, state = nnx.split(self._build(params))
         leaves, self._tree = jax.tree.flatten(state)
         places = {path: named_sharding(mesh, axes) for path, axes in logical_axes(model, params).items()}
