@@ -76,7 +76,7 @@ def assemble(*, config: EngineConfig, **given: Any) -> Parts:
     """See `_assemble`. Raises what LLM says."""
     _set_compilation_cache(config.compilation_cache)
     if config.mesh is None:
-        mesh = create_mesh(config.tensor_parallel_size, config.data_parallel_size, config.expert_parallel_size)
+        mesh = create_mesh(config.tensor_parallel_size, config.data_parallel_size, expert=config.expert_parallel_size)
     else:
         mesh = as_created(config.mesh)
     check_mesh(mesh)

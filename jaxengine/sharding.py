@@ -61,7 +61,7 @@ class ParamSpec:
         )
 
 
-def create_mesh(tensor: int = 1, data: int = 1, expert: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def create_mesh(tensor: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None, expert: int = 1) -> Mesh:
     """A mesh of `data x expert x tensor` devices, the first ones unless `devices` names others.
 
     Raises ConfigError when there are fewer devices than asked for.
@@ -88,7 +88,7 @@ def as_created(mesh: Mesh) -> Mesh:
     order = sorted(range(mesh.devices.ndim), key=lambda i: (*names, mesh.axis_names[i]).index(mesh.axis_names[i]))
     devices = mesh.devices.transpose(order).flatten().tolist()
     data, expert, tensor = (mesh.shape.get(name, 1) for name in names)
-    return create_mesh(tensor, data, expert, devices)
+    return create_mesh(tensor, data, devices, expert)
 
 
 def axis_size(mesh: Mesh, axis: Axis | None) -> int:

@@ -171,12 +171,13 @@ def prepare(
 
 
 def _fit(config: ModelConfig, params: dict[str, jax.Array], mesh: Mesh) -> None:
-    copies = max(1, axis_size(mesh, LAYER) // config.num_kv_heads)
+    devices = axis_size(mesh, LAYER)
+    copies = max(1, devices // config.num_kv_heads)
     for path, axes in logical_axes(config, params).items():
         sharding = named_sharding(mesh, axes)
         if copies > 1 and "kv_heads" in axes:
             params[path] = _repeat_heads(params[path], copies, config.head_dim, sharding)
-        if "vocab" in axes and (padding := -params[path].shape[axes.index("vocab")] % mesh.size):  # not yet padded
+        if "vocab" in axes and (padding := -params[path].shape[axes.index("vocab")] % devices):  # not yet padded
             params[path] = _pad(params[path], axes.index("vocab"), padding, sharding)
         params[path] = jax.device_put(params[path], sharding)  # shares the memory of what is in its place
 

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from jax.sharding import PartitionSpec
+
+from jaxengine.sharding import create_mesh, named_sharding
 
 CASES = ["eight_devices.py", "data_axis.py"]
 # Compiling is what these tests spend their time on; the least effort halves it.
@@ -21,3 +24,12 @@ def test_on_eight_simulated_devices(cases, marks):
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("axes", [("mlp", "heads"), ("expert_mlp", "vocab"), ("mlp", "expert")])
+def test_axes_that_collide_are_refused(axes):
+    with pytest.raises(ValueError, match="map two dimensions to one mesh axis"):
+        named_sharding(create_mesh(), axes)
+    assert named_sharding(create_mesh(), ("expert", "hidden", "expert_mlp")).spec == PartitionSpec(
+        "expert", None, "tensor"
+    )
