@@ -130,3 +130,29 @@ def test_the_first_error_of_a_device_costs_no_request_of_any_shard():
         assert_as_alone(engine, request)
     assert engine.runner.resets == 2 and set(shards_of(requests)) == {0, 1}
     assert_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize("where", ["grant", "land"])
+def test_an_interruption_between_two_shards_loses_nothing(where, monkeypatch):
+    engine = make_engine(shards=2)
+    requests = [make_request(i, [1, 2, 3, 4, 5, i], max_tokens=6, n=2) for i in range(4)]
+    for request in requests:
+        engine.add(request)
+    for _ in range(3):
+        engine.step()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler.shards[1], where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    run(engine, [])
+    for request in requests:
+        if request.error is None:
+            assert_as_alone(engine, request)
+        else:
+            assert where == "land" and "interrupted in its commit" in str(request.error)
+    assert engine.runner.resets == 2 and any(request.error for request in requests) == (where == "land")
+    assert_nothing_is_held(engine)
