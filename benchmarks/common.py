@@ -51,7 +51,8 @@ def time_workload(
     """
     from jaxengine.benchmark.serving import fixed_length, run
 
-    prompts, lengths = (each * copies for each in requests(workload, SHAPES[shape].vocab_size))
+    prompts, lengths = requests(workload, SHAPES[shape].vocab_size)
+    prompts, lengths = prompts * copies, lengths * copies
     params = [fixed_length(length) for length in lengths]
     times = []
     for i in range(warmups + repeats):
