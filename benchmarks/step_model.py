@@ -2,17 +2,16 @@
 
     python -m benchmarks.step_model
 
-Rates of one H200 are this repository's own (README.md); the links' are NVIDIA's data sheets' (NVLink 4: 450 GB/s
-each way a GPU, of which an all-reduce of 1 GiB was seen to use 361 on 8; ConnectX-7: 50 GB/s each way a GPU), the
-times of small all-reduces are `benchmarks.collectives`' on two GPUs, and assumptions on more (see LATENCY).
+Rates of one H200, and of small and large all-reduces on two, are this repository's own (README.md). On 4 and 8 they are
+assumed to be as on two; between hosts the rate is ConnectX-7's data sheet's (50 GB/s each way a GPU) less a tenth, the
+time of a small all-reduce an assumption. What it gives for measured cases stands beside them in README.md.
 """
 
 from dataclasses import dataclass
 
-READ, PRODUCTS = 4.44e12 * 0.80, 690e12  # bytes/s that decode steps reach; operations/s that last at 700 W
-NVLINK, NETWORK = 350e9, 45e9  # bytes/s each way of a GPU
-LATENCY = {1: 0.0, 2: 8e-6, 4: 9e-6, 8: 10e-6}  # s, of a small all-reduce within a host
-NETWORK_LATENCY = 25e-6  # s, of one between hosts
+READ, PRODUCTS = 3.9e12, 690e12  # bytes/s that decode steps reach; operations/s that last at 700 W
+NVLINK, NETWORK = 220e9, 45e9  # bytes/s each way of a GPU
+LATENCY, NETWORK_LATENCY = 21e-6, 30e-6  # s, of a small all-reduce within a host, and between hosts
 LAUNCHES = 9 * 1.5e-6  # s a layer: kernels that do not overlap
 
 
@@ -79,7 +78,7 @@ class Placement:
 def all_reduce(size: float, gpus: int) -> float:
     """Seconds: a ring within hosts of 8 and, beyond, one of each GPU's eighth between them."""
     inner = min(gpus, 8)
-    seconds = LATENCY[inner] + 2 * (inner - 1) / inner * size / NVLINK
+    seconds = LATENCY + 2 * (inner - 1) / inner * size / NVLINK
     hosts = gpus // inner
     if hosts > 1:
         seconds += NETWORK_LATENCY + 2 * (hosts - 1) / hosts * size / inner / NETWORK
@@ -95,12 +94,12 @@ def step_seconds(model: Model, place: Placement, rows: int, context: int) -> tup
     rows = -(-rows // place.data)
     group = -(-rows // place.stages)
     kv_share = max(place.tensor / model.kv_heads, 1) / place.tensor  # of a sequence's KV that a GPU has
-    reading = (model.read(group) / place.tensor + group * context * model.kv_bytes * kv_share) / READ
-    computing = group * model.operations / place.tensor / PRODUCTS
+    products = max(model.read(group) / READ, group * model.operations / PRODUCTS) / place.tensor
+    attention = group * context * model.kv_bytes * kv_share / READ
     sent = group * model.hidden * 2
     links = 2 * model.layers * all_reduce(sent, place.tensor) if place.tensor > 1 else 0.0
     between = place.stages * (NETWORK_LATENCY + sent / NETWORK) if place.stages > 1 else 0.0
-    whole = max(reading, computing) + model.layers * LAUNCHES + links + between
+    whole = products + attention + model.layers * LAUNCHES + links + between
     return whole, links + between, 2 * 2 * (place.tensor - 1) / place.tensor * sent
 
 
@@ -110,31 +109,36 @@ def prompt_seconds(model: Model, place: Placement, tokens: int) -> tuple[float, 
     return tokens * model.operations / place.tensor / PRODUCTS + links, links
 
 
-PLACES = [Placement(1), Placement(2), Placement(8), Placement(1, data=8), Placement(8, data=8), Placement(8, stages=8),
-          Placement(64)]  # fmt: skip
-MEMORY, HELD = 141e9, 0.92
+PLACES = [
+    Placement(1), Placement(2), Placement(8), Placement(1, data=8), Placement(8, data=8), Placement(8, stages=8),
+    Placement(64),
+]  # fmt: skip
+MEMORY, CONTEXT = 141e9 * 0.92, 2048
+
+
+def fits(model: Model, place: Placement, rows: int) -> bool:
+    """Whether a GPU has room for its weights, and for its part of the KV of so many rows."""
+    share = max(place.tensor / model.kv_heads, 1) / place.tensor / place.stages / place.data
+    return model.size / place.tensor / place.stages + rows * CONTEXT * model.kv_bytes * share < MEMORY
 
 
 def main() -> None:
-    header = (
-        "GPUs | placement | ms a token, 1 row | 64 rows | 1024 rows | tokens/s, 1024 rows | of it links"
-        " | 8192 tokens, ms | of it links"
-    )
+    counts = (1, 64, 1024)
+    header = "GPUs | placement | " + " | ".join(f"{rows} rows, ms" for rows in counts)
+    header += " | links' part of the last | 8192 tokens, ms | links' part"
     for model in MODELS:
-        print(f"\n{model.name}, {model.size / 1e9:.0f} GB of weights, contexts of 2048\n\n| {header} |")
+        print(f"\n{model.name}, {model.size / 1e9:.0f} GB of weights, contexts of {CONTEXT}\n\n| {header} |")
         print("| --- " * (header.count("|") + 1) + "|")
         for place in PLACES:
-            share = max(place.tensor / model.kv_heads, 1) / place.tensor / place.stages
-            held = model.size / place.tensor / place.stages
-            if held + 1024 / place.data * 2048 * model.kv_bytes * share > HELD * MEMORY:
+            rooms = [rows for rows in counts if fits(model, place, rows)]
+            if not rooms:
                 continue
-            times = [step_seconds(model, place, rows, 2048) for rows in (1, 64, 1024)]
+            times = [step_seconds(model, place, rows, CONTEXT) for rows in rooms]
             prompt, prompt_links = prompt_seconds(model, place, 8192)
             name = f"TP {place.tensor}" + (f" x DP {place.data}" if place.data > 1 else "")
             name += f" x {place.stages} stages" if place.stages > 1 else ""
-            cells = [f"{whole * 1e3:.2f}" for whole, _, _ in times]
-            cells += [f"{1024 / times[2][0]:,.0f}", f"{times[2][1] / times[2][0]:.0%}"]
-            cells += [f"{prompt * 1e3:.0f}", f"{prompt_links / prompt:.0%}"]
+            cells = [f"{whole * 1e3:.2f}" for whole, _, _ in times] + ["no room"] * (len(counts) - len(rooms))
+            cells += [f"{times[-1][1] / times[-1][0]:.0%}", f"{prompt * 1e3:.0f}", f"{prompt_links / prompt:.0%}"]
             print(f"| {place.gpus} | {name} | " + " | ".join(cells) + " |")
 
 

@@ -54,7 +54,6 @@ logger = logging.getLogger(__name__)
 SLOT_BATCH = 8  # slots written by one call
 COMPILERS = 2  # programs compiled beside one another: each takes memory of the device, see memory.compiling_bytes
 CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
-SEVERAL_GPUS: dict[str, Any] = {}  # XLA's options for programs of several
 
 
 class Flight:
@@ -301,8 +300,6 @@ class Runner:
         on_gpu = self.mesh.devices.flat[0].platform == "gpu"
         cublas = name == "decode" and key[0].rows >= CUBLAS_ROWS and on_gpu
         options = {"xla_gpu_enable_triton_gemm": False} if cublas else {}
-        if self.mesh.size > 1 and on_gpu:
-            options |= SEVERAL_GPUS
         if self.mesh.is_multi_process and on_gpu:  # one that finds the program in its cache would keep others waiting
             options |= {"xla_gpu_shard_autotuning": False}
         jitted = jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options or None)
