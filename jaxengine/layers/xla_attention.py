@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxengine.layers.linear import precision
 
 BLOCK_BYTES = 2**20  # of the keys that one step of the loop gathers: they stay in the processor's cache
-BLOCK_TOKENS = 64  # of each row, at most: a longer block is computed whole for a shorter row
+BLOCK_TOKENS = 128  # of each row, at most: a longer block is computed whole for a shorter row
 
 
 def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, softcap=None) -> jax.Array:
@@ -74,9 +74,12 @@ def _attend(q, k_pages, v_pages, table, positions, first, end, scale, window, so
     def body(i, carry):
         out, top, total = carry
         pages = jax.lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1)
-        # [R, pages, KH, page_size, D]; the promise spares a comparison for every element.
-        k, v = (pool.at[pages].get(mode="promise_in_bounds") for pool in (k_pages, v_pages))
-        scores = dot("rhmd,rphsd->rhmps", q, k.astype(q.dtype)).reshape(*shape, block) * scale
+        # The promise spares a comparison for every element. Keys of one head side by side are multiplied fastest.
+        k, v = (
+            pool.at[pages].get(mode="promise_in_bounds").swapaxes(1, 2).reshape(*shape[:2], block, -1).astype(q.dtype)
+            for pool in (k_pages, v_pages)
+        )
+        scores = dot("rhmd,rhsd->rhms", q, k) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         key = (i * block + jnp.arange(block))[None, None, None]
@@ -85,13 +88,13 @@ def _attend(q, k_pages, v_pages, table, positions, first, end, scale, window, so
             seen &= key > positions[:, None, :, None] - window
         scores = jnp.where(seen, scores, -1e30)
         new_top = jnp.maximum(top, scores.max(-1))
-        weight, decay = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0), jnp.exp(top - new_top)
+        # Of a query that has seen nothing yet the weights are 1: they decay to 0 with the first key that it sees.
+        weight, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
         # Keys that no query of the row sees may be another request's, and NaN, which a weight of 0 does not stop.
-        v = jnp.where(seen.any(axis=(1, 2)).reshape(-1, per_block, 1, page_size, 1), v, 0)
-        paged_weight = weight.astype(q.dtype).reshape(*shape, per_block, page_size)
-        out = out * decay[..., None] + dot("rhmps,rphsd->rhmd", paged_weight, v.astype(q.dtype))
+        v = jnp.where(seen.any(axis=(1, 2))[:, None, :, None], v, 0)
+        out = out * decay[..., None] + dot("rhms,rhsd->rhmd", weight.astype(q.dtype), v)
         return out, new_top, total * decay + weight.sum(-1)
 
     start = jnp.zeros(q.shape, jnp.float32), jnp.full(shape, -1e30), jnp.zeros(shape)
-    out, _, total = jax.lax.fori_loop(first // block, (end + block - 1) // block, body, start)
-    return (out / jnp.where(total == 0, 1, total)[..., None]).astype(q.dtype)
+    out, top, total = jax.lax.fori_loop(first // block, (end + block - 1) // block, body, start)
+    return (out * jnp.where(top > -1e30, 1 / total, 0)[..., None]).astype(q.dtype)  # 0 where no key was seen
