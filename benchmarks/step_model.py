@@ -7,6 +7,7 @@ each way a GPU, of which an all-reduce of 1 GiB was seen to use 361 on 8; Connec
 times of small all-reduces are `benchmarks.collectives`' on two GPUs, and assumptions on more (see LATENCY).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 READ, PRODUCTS = 4.44e12 * 0.80, 690e12  # bytes/s that decode steps reach; operations/s that last at 700 W
@@ -14,6 +15,7 @@ NVLINK, NETWORK = 350e9, 45e9  # bytes/s each way of a GPU
 LATENCY = {1: 0.0, 2: 8e-6, 4: 9e-6, 8: 10e-6}  # s, of a small all-reduce within a host
 NETWORK_LATENCY = 25e-6  # s, of one between hosts
 LAUNCHES = 9 * 1.5e-6  # s a layer: kernels that do not overlap
+STEPS_PER_CALL, PART = 4, 256  # of a pipeline: steps until it runs empty, tokens of a prompt at a time (assembly.py)
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,17 @@ MODELS = [
 ]
 
 
+# On one host of 8 there is little room beside the weights of the first, and too little for those of the second.
+LARGER = [
+    dense("405B", 126, 16384, 128, 53248, 128256),
+    Model("686B-A31B (made up)", 60, 7168, 8, 7168 * 128 * (2 * 64 + 16), 3 * 7168 * 2048, 129280, 256, 8),
+]
+
+
 @dataclass(frozen=True)
 class Placement:
-    """`tensor` GPUs split each layer, within a host when there are 8 or fewer; the rest are replicas or stages."""
+    """`tensor` GPUs split each layer, within a host when there are 8 or fewer; the rest are replicas or stages, each
+    within a host."""
 
     tensor: int
     stages: int = 1
@@ -90,43 +100,68 @@ def step_seconds(model: Model, place: Placement, rows: int, context: int) -> tup
     """Of one token of each of `rows` sequences: all, in collectives, and bytes that a GPU sends within a layer.
 
     A replica has its share of the rows. With stages the rows are as many groups, each of which one stage computes
-    while the others have theirs: a token passes all stages, and each stage reads its weights for each group.
+    while the others have theirs: a token passes all stages, and each stage reads its weights, and the head, for each
+    group. Between two calls the pipeline fills anew.
     """
     rows = -(-rows // place.data)
     group = -(-rows // place.stages)
     kv_share = max(place.tensor / model.kv_heads, 1) / place.tensor  # of a sequence's KV that a GPU has
-    reading = (model.read(group) / place.tensor + group * context * model.kv_bytes * kv_share) / READ
+    heads = 2 * (place.stages - 1) * model.vocab * model.hidden  # beside the one that `read` counts
+    reading = ((model.read(group) + heads) / place.tensor + group * context * model.kv_bytes * kv_share) / READ
     computing = group * model.operations / place.tensor / PRODUCTS
     sent = group * model.hidden * 2
     links = 2 * model.layers * all_reduce(sent, place.tensor) if place.tensor > 1 else 0.0
-    between = place.stages * (NETWORK_LATENCY + sent / NETWORK) if place.stages > 1 else 0.0
+    between = place.stages * hand_on(sent) if place.stages > 1 else 0.0
     whole = max(reading, computing) + model.layers * LAUNCHES + links + between
-    return whole, links + between, 2 * 2 * (place.tensor - 1) / place.tensor * sent
+    filling = 1 + (place.stages - 1) / (place.stages * STEPS_PER_CALL)
+    return filling * whole, filling * (links + between), 2 * 2 * (place.tensor - 1) / place.tensor * sent
+
+
+def hand_on(size: float) -> float:
+    """Seconds, from a stage to the next: each of its GPUs to one of the other host's."""
+    return NETWORK_LATENCY + size / NETWORK
 
 
 def prompt_seconds(model: Model, place: Placement, tokens: int) -> tuple[float, float]:
-    """Of one prompt on `tensor` GPUs, in one step: all, and in collectives."""
-    links = 2 * model.layers * all_reduce(tokens * model.hidden * 2, place.tensor) if place.tensor > 1 else 0.0
-    return tokens * model.operations / place.tensor / PRODUCTS + links, links
+    """Of one prompt in one step: all, and in collectives. Stages have parts of it, one after another."""
+    part = min(tokens, PART * model.experts // model.per_token) if place.stages > 1 else tokens
+    ticks, layers, sent = tokens / part + place.stages - 1, model.layers / place.stages, part * model.hidden * 2
+    links = ticks * 2 * layers * all_reduce(sent, place.tensor) if place.tensor > 1 else 0.0
+    if place.stages > 1:  # at the end all stages are given the result
+        rounds = 2 * (place.stages - 1) / place.stages
+        links += ticks * hand_on(sent) + NETWORK_LATENCY + rounds * tokens * model.hidden * 2 / NETWORK
+    gpus = place.tensor * place.stages
+    computing = max(part * model.operations / PRODUCTS, model.read(part) / READ) / gpus
+    return ticks * computing + links, links
 
 
 PLACES = [Placement(1), Placement(2), Placement(8), Placement(1, data=8), Placement(8, data=8), Placement(8, stages=8),
           Placement(64)]  # fmt: skip
+TWO_HOSTS = [Placement(8, data=2), Placement(8, stages=2), Placement(16)]
 MEMORY, HELD = 141e9, 0.92
 
 
 def main() -> None:
+    table(MODELS, PLACES)
+    table([*MODELS, *LARGER], TWO_HOSTS)
+
+
+def fits(model: Model, place: Placement, tokens: int) -> bool:
+    """Do weights and the KV of so many tokens?"""
+    share = max(place.tensor / model.kv_heads, 1) / place.tensor / place.stages  # of a sequence's KV
+    return model.size / place.tensor / place.stages + tokens / place.data * model.kv_bytes * share <= HELD * MEMORY
+
+
+def table(models: Sequence[Model], places: Sequence[Placement]) -> None:
     header = (
         "GPUs | placement | ms a token, 1 row | 64 rows | 1024 rows | tokens/s, 1024 rows | of it links"
         " | 8192 tokens, ms | of it links"
     )
-    for model in MODELS:
+    for model in models:
         print(f"\n{model.name}, {model.size / 1e9:.0f} GB of weights, contexts of 2048\n\n| {header} |")
         print("| --- " * (header.count("|") + 1) + "|")
-        for place in PLACES:
-            share = max(place.tensor / model.kv_heads, 1) / place.tensor / place.stages
-            held = model.size / place.tensor / place.stages
-            if held + 1024 / place.data * 2048 * model.kv_bytes * share > HELD * MEMORY:
+        for place in places:
+            if not fits(model, place, 8192):
                 continue
             times = [step_seconds(model, place, rows, 2048) for rows in (1, 64, 1024)]
             prompt, prompt_links = prompt_seconds(model, place, 8192)
@@ -134,6 +169,9 @@ def main() -> None:
             name += f" x {place.stages} stages" if place.stages > 1 else ""
             cells = [f"{whole * 1e3:.2f}" for whole, _, _ in times]
             cells += [f"{1024 / times[2][0]:,.0f}", f"{times[2][1] / times[2][0]:.0%}"]
+            for rows, columns in ((64, [1]), (1024, [2, 3, 4])):
+                if not fits(model, place, rows * 2048):
+                    cells = ["no room" if i in columns else cell for i, cell in enumerate(cells)]
             cells += [f"{prompt * 1e3:.0f}", f"{prompt_links / prompt:.0%}"]
             print(f"| {place.gpus} | {name} | " + " | ".join(cells) + " |")
 

@@ -46,7 +46,7 @@ class PlatformDefaults:
     smallest_tokens: int  # the smallest bucket of a step with prompts
     block_q: int  # query tokens in a block of the extend kernel
     prompt_chunk: int  # prompt tokens whose logits exist at a time
-    microbatch: int  # tokens of a mixed step that a stage of a pipeline has at a time
+    microbatch: int  # tokens of a mixed step for which reading a dense stage's weights takes no longer than computing
     attention: str
 
 
@@ -132,7 +132,7 @@ def _assemble(
     # Between two calls a pipeline runs empty.
     steps = config.steps_per_call or (SHORT_STEPS if short or stages > 1 else 1)
     config = replace(config, steps_per_call=steps)
-    groups = cache_groups(share.windows, share.num_kv_heads, share.head_dim)
+    experts, groups = share.experts, cache_groups(share.windows, share.num_kv_heads, share.head_dim)
     temporary = temporary_bytes(share, sizes, config.max_logprobs, config.dtype, config.attention)
     reserved = temporary + COMPILERS * compiling_bytes(share, sizes, config.dtype)
     num_pages = plan_pages(config, share, groups, sizes, config.kv_cache_dtype, reserved, mesh.local_devices)
@@ -147,7 +147,7 @@ def _assemble(
         page_size=sizes.page_size,
         groups=len(groups),
         max_num_seqs=sizes.max_num_seqs,
-        microbatch=defaults.microbatch,
+        microbatch=defaults.microbatch * (experts.count // experts.per_token if experts else 1),
         steps=(1, steps) if steps > 1 else (1,),
     )
     own = Runner(

@@ -298,7 +298,7 @@ class Runner:
             specs = tuple(place if place is leaves else place.spec for place in places)
             function, arguments = on_each_device(function, arguments, specs, out, self.mesh)
         on_gpu = self.mesh.devices.flat[0].platform == "gpu"
-        cublas = name == "decode" and key[0].rows >= CUBLAS_ROWS and on_gpu
+        cublas = name == "decode" and key[0].rows >= CUBLAS_ROWS * self.stages and on_gpu
         options = {"xla_gpu_enable_triton_gemm": False} if cublas else {}
         if self.mesh.is_multi_process and on_gpu:  # one that finds the program in its cache would keep others waiting
             options |= {"xla_gpu_shard_autotuning": False}

@@ -30,7 +30,7 @@ def run_layers(
         start = jnp.clip(t - stage, 0, parts - 1) * size
         own = jnp.where(stage == 0, jax.lax.dynamic_slice_in_dim(x, start, size), received)
         valid = (t >= stage) & (t - stage < parts)
-        y, cache = model.run_layers(own, _part(inputs, start, size, valid), cache)
+        y, cache = model.run_layers(own, one_part(inputs, start, size, valid), cache)
         # The last stage has no part before its first one, which overwrites what comes of that.
         done = jax.lax.dynamic_update_slice_in_dim(done, y, start, 0)
         return (_hand_on(y, stages - 1), done, cache), None
@@ -98,7 +98,7 @@ def _padded(inputs: AttentionInputs, tokens: int) -> AttentionInputs:
     return replace(inputs, positions=_pad(inputs.positions, tokens), page=page, offset=_pad(inputs.offset, tokens))
 
 
-def _part(inputs: AttentionInputs, start: jax.Array, size: int, valid: jax.Array) -> AttentionInputs:
+def one_part(inputs: AttentionInputs, start: jax.Array, size: int, valid: jax.Array) -> AttentionInputs:
     """Those of `size` tokens from `start` on: a row for each token, of length 0 unless a row's tokens begin there.
 
     So a row of which one token is left is row i of token i, as attention wants it.

@@ -191,7 +191,7 @@ def test_a_mesh_of_ones_own():
     ) as llm:
         assert len({output.outputs[0].token_ids[1] for output in llm.generate(*ask, use_tqdm=False)}) == 1
         [pool, *_] = llm._runner._cache.k
-        assert pool.sharding.mesh.devices[:, 0].tolist() == devices[:, 0].T.tolist()
+        assert pool.sharding.mesh.devices[:, 0, 0].tolist() == devices[:, 0].T.tolist()
 
 
 @pytest.mark.parametrize(

