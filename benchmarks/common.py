@@ -40,14 +40,19 @@ def longest(shape: str, workloads: Sequence[str]) -> int:
     return max(len(prompt) + output for prompts, outputs in sets for prompt, output in zip(prompts, outputs))
 
 
-def time_workload(llm: Any, shape: str, workload: str, repeats: int, warmups: int = 1) -> dict[str, Any]:
+def time_workload(
+    llm: Any, shape: str, workload: str, repeats: int, warmups: int = 1, copies: int = 1
+) -> dict[str, Any]:
     """Runs the workload `warmups + repeats` times through `LLM.generate`; output tokens/s of the median run.
+
+    `copies`: of each request.
 
     The prefix cache is emptied before each run, and each request must give all its tokens.
     """
     from jaxengine.benchmark.serving import fixed_length, run
 
     prompts, lengths = requests(workload, SHAPES[shape].vocab_size)
+    prompts, lengths = prompts * copies, lengths * copies
     params = [fixed_length(length) for length in lengths]
     times = []
     for i in range(warmups + repeats):

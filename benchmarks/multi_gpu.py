@@ -5,6 +5,7 @@ python -m benchmarks.multi_gpu --devices 1,2,2x1 --workloads bs1,bs64,fixed256,d
 
 import argparse
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,11 @@ def main() -> None:
     first: dict[str, float] = {}
     for grid in grids:
         with random_llm(args.model, **parallel(grid), max_model_len=longest(args.model, workloads), **options) as llm:
-            for name in workloads:
-                result = time_workload(llm, args.model, name, args.repeats)
+            # A shard with its part of the requests does less at a time: replicas are for requests of their own.
+            for name, copies in product(workloads, sorted({1, grid[0]})):
+                result = time_workload(llm, args.model, name, args.repeats, copies=copies)
                 speed = first.setdefault(name, result["out_tok_s"])
-                report(parallel(grid) | result | {"speed_up": result["out_tok_s"] / speed})
+                report(parallel(grid) | result | {"copies": copies, "speed_up": result["out_tok_s"] / speed})
 
 
 if __name__ == "__main__":

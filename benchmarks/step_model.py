@@ -2,18 +2,17 @@
 
     python -m benchmarks.step_model
 
-Rates of one H200 are this repository's own (README.md); the links' are NVIDIA's data sheets' (NVLink 4: 450 GB/s
-each way a GPU, of which an all-reduce of 1 GiB was seen to use 361 on 8; ConnectX-7: 50 GB/s each way a GPU), the
-times of small all-reduces are `benchmarks.collectives`' on two GPUs, and assumptions on more (see LATENCY).
+Rates of one H200, and of small and large all-reduces on two, are this repository's own (README.md). On 4 and 8 they are
+assumed to be as on two; between hosts the rate is ConnectX-7's data sheet's (50 GB/s each way a GPU) less a tenth, the
+time of a small all-reduce an assumption. What it gives for measured cases stands beside them in README.md.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-READ, PRODUCTS = 4.44e12 * 0.80, 690e12  # bytes/s that decode steps reach; operations/s that last at 700 W
-NVLINK, NETWORK = 350e9, 45e9  # bytes/s each way of a GPU
-LATENCY = {1: 0.0, 2: 8e-6, 4: 9e-6, 8: 10e-6}  # s, of a small all-reduce within a host
-NETWORK_LATENCY = 25e-6  # s, of one between hosts
+READ, PRODUCTS = 3.9e12, 690e12  # bytes/s that decode steps reach; operations/s that last at 700 W
+NVLINK, NETWORK = 220e9, 45e9  # bytes/s each way of a GPU
+LATENCY, NETWORK_LATENCY = 21e-6, 30e-6  # s, of a small all-reduce within a host, and between hosts
 LAUNCHES = 9 * 1.5e-6  # s a layer: kernels that do not overlap
 STEPS_PER_CALL, PART = 4, 256  # of a pipeline: steps until it runs empty, tokens of a prompt at a time (assembly.py)
 
@@ -65,7 +64,7 @@ MODELS = [
 ]
 
 
-# On one host of 8 there is little room beside the weights of the first, and too little for those of the second.
+# Beside the weights of the first a host of 8 has little room; those of the second it has none for.
 LARGER = [
     dense("405B", 126, 16384, 128, 53248, 128256),
     Model("686B-A31B (made up)", 60, 7168, 8, 7168 * 128 * (2 * 64 + 16), 3 * 7168 * 2048, 129280, 256, 8),
@@ -75,7 +74,7 @@ LARGER = [
 @dataclass(frozen=True)
 class Placement:
     """`tensor` GPUs split each layer, within a host when there are 8 or fewer; the rest are replicas or stages, each
-    within a host."""
+    of them within a host."""
 
     tensor: int
     stages: int = 1
@@ -89,7 +88,7 @@ class Placement:
 def all_reduce(size: float, gpus: int) -> float:
     """Seconds: a ring within hosts of 8 and, beyond, one of each GPU's eighth between them."""
     inner = min(gpus, 8)
-    seconds = LATENCY[inner] + 2 * (inner - 1) / inner * size / NVLINK
+    seconds = LATENCY + 2 * (inner - 1) / inner * size / NVLINK
     hosts = gpus // inner
     if hosts > 1:
         seconds += NETWORK_LATENCY + 2 * (hosts - 1) / hosts * size / inner / NETWORK
@@ -106,39 +105,46 @@ def step_seconds(model: Model, place: Placement, rows: int, context: int) -> tup
     rows = -(-rows // place.data)
     group = -(-rows // place.stages)
     kv_share = max(place.tensor / model.kv_heads, 1) / place.tensor  # of a sequence's KV that a GPU has
-    heads = 2 * (place.stages - 1) * model.vocab * model.hidden  # beside the one that `read` counts
-    reading = ((model.read(group) + heads) / place.tensor + group * context * model.kv_bytes * kv_share) / READ
-    computing = group * model.operations / place.tensor / PRODUCTS
+    read = model.read(group) + 2 * (place.stages - 1) * model.vocab * model.hidden
+    products = max(read / READ, group * model.operations / PRODUCTS) / place.tensor
+    attention = group * context * model.kv_bytes * kv_share / READ
     sent = group * model.hidden * 2
     links = 2 * model.layers * all_reduce(sent, place.tensor) if place.tensor > 1 else 0.0
     between = place.stages * hand_on(sent) if place.stages > 1 else 0.0
-    whole = max(reading, computing) + model.layers * LAUNCHES + links + between
+    whole = products + attention + model.layers * LAUNCHES + links + between
     filling = 1 + (place.stages - 1) / (place.stages * STEPS_PER_CALL)
     return filling * whole, filling * (links + between), 2 * 2 * (place.tensor - 1) / place.tensor * sent
 
 
 def hand_on(size: float) -> float:
-    """Seconds, from a stage to the next: each of its GPUs to one of the other host's."""
+    """Seconds, from a stage to the next: each GPU to one of the other host's."""
     return NETWORK_LATENCY + size / NETWORK
 
 
 def prompt_seconds(model: Model, place: Placement, tokens: int) -> tuple[float, float]:
-    """Of one prompt in one step: all, and in collectives. Stages have parts of it, one after another."""
+    """Of one prompt in one step, on the GPUs of a replica: all, and in collectives. Stages have it in parts."""
     part = min(tokens, PART * model.experts // model.per_token) if place.stages > 1 else tokens
     ticks, layers, sent = tokens / part + place.stages - 1, model.layers / place.stages, part * model.hidden * 2
     links = ticks * 2 * layers * all_reduce(sent, place.tensor) if place.tensor > 1 else 0.0
     if place.stages > 1:  # at the end all stages are given the result
         rounds = 2 * (place.stages - 1) / place.stages
         links += ticks * hand_on(sent) + NETWORK_LATENCY + rounds * tokens * model.hidden * 2 / NETWORK
-    gpus = place.tensor * place.stages
-    computing = max(part * model.operations / PRODUCTS, model.read(part) / READ) / gpus
-    return ticks * computing + links, links
+    products = max(part * model.operations / PRODUCTS, model.read(part) / READ) / place.tensor / place.stages
+    return ticks * products + links, links
 
 
-PLACES = [Placement(1), Placement(2), Placement(8), Placement(1, data=8), Placement(8, data=8), Placement(8, stages=8),
-          Placement(64)]  # fmt: skip
+PLACES = [
+    Placement(1), Placement(2), Placement(8), Placement(1, data=8), Placement(8, data=8), Placement(8, stages=8),
+    Placement(64),
+]  # fmt: skip
 TWO_HOSTS = [Placement(8, data=2), Placement(8, stages=2), Placement(16)]
-MEMORY, HELD = 141e9, 0.92
+MEMORY, CONTEXT = 141e9 * 0.92, 2048
+
+
+def fits(model: Model, place: Placement, rows: int) -> bool:
+    """Whether a GPU has room for its weights, and for its part of the KV of so many rows."""
+    share = max(place.tensor / model.kv_heads, 1) / place.tensor / place.stages / place.data
+    return model.size / place.tensor / place.stages + rows * CONTEXT * model.kv_bytes * share < MEMORY
 
 
 def main() -> None:
@@ -146,33 +152,23 @@ def main() -> None:
     table([*MODELS, *LARGER], TWO_HOSTS)
 
 
-def fits(model: Model, place: Placement, tokens: int) -> bool:
-    """Do weights and the KV of so many tokens?"""
-    share = max(place.tensor / model.kv_heads, 1) / place.tensor / place.stages  # of a sequence's KV
-    return model.size / place.tensor / place.stages + tokens / place.data * model.kv_bytes * share <= HELD * MEMORY
-
-
 def table(models: Sequence[Model], places: Sequence[Placement]) -> None:
-    header = (
-        "GPUs | placement | ms a token, 1 row | 64 rows | 1024 rows | tokens/s, 1024 rows | of it links"
-        " | 8192 tokens, ms | of it links"
-    )
+    counts = (1, 64, 1024)
+    header = "GPUs | placement | " + " | ".join(f"{rows} rows, ms" for rows in counts)
+    header += " | links' part of the last | 8192 tokens, ms | links' part"
     for model in models:
-        print(f"\n{model.name}, {model.size / 1e9:.0f} GB of weights, contexts of 2048\n\n| {header} |")
+        print(f"\n{model.name}, {model.size / 1e9:.0f} GB of weights, contexts of {CONTEXT}\n\n| {header} |")
         print("| --- " * (header.count("|") + 1) + "|")
         for place in places:
-            if not fits(model, place, 8192):
+            rooms = [rows for rows in counts if fits(model, place, rows)]
+            if not rooms:
                 continue
-            times = [step_seconds(model, place, rows, 2048) for rows in (1, 64, 1024)]
+            times = [step_seconds(model, place, rows, CONTEXT) for rows in rooms]
             prompt, prompt_links = prompt_seconds(model, place, 8192)
             name = f"TP {place.tensor}" + (f" x DP {place.data}" if place.data > 1 else "")
             name += f" x {place.stages} stages" if place.stages > 1 else ""
-            cells = [f"{whole * 1e3:.2f}" for whole, _, _ in times]
-            cells += [f"{1024 / times[2][0]:,.0f}", f"{times[2][1] / times[2][0]:.0%}"]
-            for rows, columns in ((64, [1]), (1024, [2, 3, 4])):
-                if not fits(model, place, rows * 2048):
-                    cells = ["no room" if i in columns else cell for i, cell in enumerate(cells)]
-            cells += [f"{prompt * 1e3:.0f}", f"{prompt_links / prompt:.0%}"]
+            cells = [f"{whole * 1e3:.2f}" for whole, _, _ in times] + ["no room"] * (len(counts) - len(rooms))
+            cells += [f"{times[-1][1] / times[-1][0]:.0%}", f"{prompt * 1e3:.0f}", f"{prompt_links / prompt:.0%}"]
             print(f"| {place.gpus} | {name} | " + " | ".join(cells) + " |")
 
 
