@@ -14,7 +14,7 @@ from jaxengine.errors import WeightsDeletedError
 from jaxengine.models import param_specs
 from jaxengine.step import unpack
 from jaxengine.weights.checkpoint import read_config
-from tests.programs import pool_copies
+from tests.programs import check_memory, pool_copies
 from tests.references import tiny
 from tests.sharding import data_axis, eight_devices
 from tests.sharding.eight_devices import COLLECTIVE
@@ -245,3 +245,11 @@ def test_a_mesh_of_ones_own():
 def test_what_is_refused(family, options, message):
     with pytest.raises(ConfigError, match=message):
         make_llm(family, **options)
+
+
+@full
+def test_each_program_stays_within_the_planned_memory():
+    with make_llm("qwen2", 2, max_num_seqs=2, warmup=True) as llm:
+        check_memory(llm._runner)
+        ask(llm, *data_axis.prompts(2))
+        assert llm.get_metrics()["compilations_after_warmup"] == 0
