@@ -1,6 +1,6 @@
-"""Tensor and data parallelism on GPUs of one machine: the same answers as one GPU first, then tokens/s and speed-ups.
+"""Tensor, data and pipeline parallelism on GPUs of one machine: first the answers of one GPU, then tokens/s.
 
-python -m benchmarks.multi_gpu --devices 1,2,2x1 --workloads bs1,bs64,fixed256,decode
+python -m benchmarks.multi_gpu --devices 1,2,2x1,1x2x1 --workloads bs1,bs64,fixed256,decode
 """
 
 import argparse
@@ -17,20 +17,21 @@ from benchmarks.workloads import SHAPES
 
 NOISE = 0.05  # mean of absolute differences of log-probabilities; bfloat16 on two simulated devices: 0.024
 LENGTHS = (5, 40, 130, 200, 7, 60, 90, 30)
-Grid = tuple[int, int]  # shards of the data axis, devices of the tensor axis in each
+Grid = tuple[int, int, int]  # shards of the data axis, stages, devices of the tensor axis in each
 
 
 def parse(text: str) -> Grid:
     """
-    >>> parse("2"), parse("2x4")
-    ((1, 2), (2, 4))
+    >>> parse("2"), parse("2x4"), parse("1x2x4")
+    ((1, 1, 2), (2, 1, 4), (1, 2, 4))
     """
-    data, _, tensor = text.rpartition("x")
-    return int(data or 1), int(tensor)
+    *others, tensor = map(int, text.split("x"))
+    data, stages = (*others, 1, 1)[:2]
+    return data, stages, tensor
 
 
 def parallel(grid: Grid) -> dict[str, Any]:
-    return {"data_parallel_size": grid[0], "tensor_parallel_size": grid[1]}
+    return dict(zip(("data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size"), grid, strict=True))
 
 
 def shipped_answers(grid: Grid, dtype: str) -> tuple[list[list[int]], np.ndarray]:
@@ -54,7 +55,7 @@ def shipped_answers(grid: Grid, dtype: str) -> tuple[list[list[int]], np.ndarray
 def check(grid: Grid) -> None:
     """Raises RuntimeError when several devices answer otherwise than one."""
     for dtype in ("float32", "bfloat16"):
-        (want, want_logprobs), (tokens, logprobs) = shipped_answers((1, 1), dtype), shipped_answers(grid, dtype)
+        (want, want_logprobs), (tokens, logprobs) = shipped_answers((1, 1, 1), dtype), shipped_answers(grid, dtype)
         difference = np.abs(logprobs - want_logprobs)
         result = parallel(grid) | {"dtype": dtype, "same_tokens": tokens == want}
         report(result | {"mean_difference": float(difference.mean()), "largest_difference": float(difference.max())})
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--devices",
         default="1,2",
-        help="sizes of the tensor axis, or data x tensor, as in 2x1; speed-ups are over the first",
+        help="tensor, data x tensor or data x stages x tensor, as in 2x1; speed-ups are over the first",
     )
     parser.add_argument("--workloads", default="bs1,bs64,fixed256,decode")
     parser.add_argument("--repeats", type=int, default=1)

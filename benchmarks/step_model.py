@@ -7,12 +7,14 @@ assumed to be as on two; between hosts the rate is ConnectX-7's data sheet's (50
 time of a small all-reduce an assumption. What it gives for measured cases stands beside them in README.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 READ, PRODUCTS = 3.9e12, 690e12  # bytes/s that decode steps reach; operations/s that last at 700 W
 NVLINK, NETWORK = 220e9, 45e9  # bytes/s each way of a GPU
 LATENCY, NETWORK_LATENCY = 21e-6, 30e-6  # s, of a small all-reduce within a host, and between hosts
 LAUNCHES = 9 * 1.5e-6  # s a layer: kernels that do not overlap
+STEPS_PER_CALL, PART = 4, 256  # of a pipeline: steps until it runs empty, tokens of a prompt at a time (assembly.py)
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,17 @@ MODELS = [
 ]
 
 
+# Beside the weights of the first a host of 8 has little room; those of the second it has none for.
+LARGER = [
+    dense("405B", 126, 16384, 128, 53248, 128256),
+    Model("686B-A31B (made up)", 60, 7168, 8, 7168 * 128 * (2 * 64 + 16), 3 * 7168 * 2048, 129280, 256, 8),
+]
+
+
 @dataclass(frozen=True)
 class Placement:
-    """`tensor` GPUs split each layer, within a host when there are 8 or fewer; the rest are replicas or stages."""
+    """`tensor` GPUs split each layer, within a host when there are 8 or fewer; the rest are replicas or stages, each
+    of them within a host."""
 
     tensor: int
     stages: int = 1
@@ -89,30 +99,45 @@ def step_seconds(model: Model, place: Placement, rows: int, context: int) -> tup
     """Of one token of each of `rows` sequences: all, in collectives, and bytes that a GPU sends within a layer.
 
     A replica has its share of the rows. With stages the rows are as many groups, each of which one stage computes
-    while the others have theirs: a token passes all stages, and each stage reads its weights for each group.
+    while the others have theirs: a token passes all stages, and each stage reads its weights, and the head, for each
+    group. Between two calls the pipeline fills anew.
     """
     rows = -(-rows // place.data)
     group = -(-rows // place.stages)
     kv_share = max(place.tensor / model.kv_heads, 1) / place.tensor  # of a sequence's KV that a GPU has
-    products = max(model.read(group) / READ, group * model.operations / PRODUCTS) / place.tensor
+    read = model.read(group) + 2 * (place.stages - 1) * model.vocab * model.hidden
+    products = max(read / READ, group * model.operations / PRODUCTS) / place.tensor
     attention = group * context * model.kv_bytes * kv_share / READ
     sent = group * model.hidden * 2
     links = 2 * model.layers * all_reduce(sent, place.tensor) if place.tensor > 1 else 0.0
-    between = place.stages * (NETWORK_LATENCY + sent / NETWORK) if place.stages > 1 else 0.0
+    between = place.stages * hand_on(sent) if place.stages > 1 else 0.0
     whole = products + attention + model.layers * LAUNCHES + links + between
-    return whole, links + between, 2 * 2 * (place.tensor - 1) / place.tensor * sent
+    filling = 1 + (place.stages - 1) / (place.stages * STEPS_PER_CALL)
+    return filling * whole, filling * (links + between), 2 * 2 * (place.tensor - 1) / place.tensor * sent
+
+
+def hand_on(size: float) -> float:
+    """Seconds, from a stage to the next: each GPU to one of the other host's."""
+    return NETWORK_LATENCY + size / NETWORK
 
 
 def prompt_seconds(model: Model, place: Placement, tokens: int) -> tuple[float, float]:
-    """Of one prompt on `tensor` GPUs, in one step: all, and in collectives."""
-    links = 2 * model.layers * all_reduce(tokens * model.hidden * 2, place.tensor) if place.tensor > 1 else 0.0
-    return tokens * model.operations / place.tensor / PRODUCTS + links, links
+    """Of one prompt in one step, on the GPUs of a replica: all, and in collectives. Stages have it in parts."""
+    part = min(tokens, PART * model.experts // model.per_token) if place.stages > 1 else tokens
+    ticks, layers, sent = tokens / part + place.stages - 1, model.layers / place.stages, part * model.hidden * 2
+    links = ticks * 2 * layers * all_reduce(sent, place.tensor) if place.tensor > 1 else 0.0
+    if place.stages > 1:  # at the end all stages are given the result
+        rounds = 2 * (place.stages - 1) / place.stages
+        links += ticks * hand_on(sent) + NETWORK_LATENCY + rounds * tokens * model.hidden * 2 / NETWORK
+    products = max(part * model.operations / PRODUCTS, model.read(part) / READ) / place.tensor / place.stages
+    return ticks * products + links, links
 
 
 PLACES = [
     Placement(1), Placement(2), Placement(8), Placement(1, data=8), Placement(8, data=8), Placement(8, stages=8),
     Placement(64),
 ]  # fmt: skip
+TWO_HOSTS = [Placement(8, data=2), Placement(8, stages=2), Placement(16)]
 MEMORY, CONTEXT = 141e9 * 0.92, 2048
 
 
@@ -123,13 +148,18 @@ def fits(model: Model, place: Placement, rows: int) -> bool:
 
 
 def main() -> None:
+    table(MODELS, PLACES)
+    table([*MODELS, *LARGER], TWO_HOSTS)
+
+
+def table(models: Sequence[Model], places: Sequence[Placement]) -> None:
     counts = (1, 64, 1024)
     header = "GPUs | placement | " + " | ".join(f"{rows} rows, ms" for rows in counts)
     header += " | links' part of the last | 8192 tokens, ms | links' part"
-    for model in MODELS:
+    for model in models:
         print(f"\n{model.name}, {model.size / 1e9:.0f} GB of weights, contexts of {CONTEXT}\n\n| {header} |")
         print("| --- " * (header.count("|") + 1) + "|")
-        for place in PLACES:
+        for place in places:
             rooms = [rows for rows in counts if fits(model, place, rows)]
             if not rooms:
                 continue

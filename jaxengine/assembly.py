@@ -26,7 +26,7 @@ from jaxengine.memory import Sizes, compiling_bytes, plan_pages, temporary_bytes
 from jaxengine.models import one_share
 from jaxengine.processes import Processes, check_mesh, connect
 from jaxengine.progress import counting_bar
-from jaxengine.sharding import DATA, LAYER, as_created, axis_size, create_mesh
+from jaxengine.sharding import DATA, LAYER, STAGE, as_created, axis_size, create_mesh
 from jaxengine.text import TextSink
 from jaxengine.tokenizer import Tokenizer
 from jaxengine.weights import Checkpoint, checkpoint_in_memory, open_checkpoint
@@ -46,6 +46,7 @@ class PlatformDefaults:
     smallest_tokens: int  # the smallest bucket of a step with prompts
     block_q: int  # query tokens in a block of the extend kernel
     prompt_chunk: int  # prompt tokens whose logits exist at a time
+    microbatch: int  # tokens of a mixed step for which reading a dense stage's weights takes no longer than computing
     attention: str
 
 
@@ -54,9 +55,9 @@ SHORT_STEP_BYTES, SHORT_STEPS = 4e9, 4
 # Of buckets, beyond which they are multiples: padding against programs to compile, see benchmarks/README.md.
 ROW_STEP, TOKEN_STEP = 32, 512
 PLATFORMS = {
-    "cpu": PlatformDefaults(32, 512, 1, 16, 32, 128, "xla"),
+    "cpu": PlatformDefaults(32, 512, 1, 16, 32, 128, 16, "xla"),
     # Two rows at least: XLA turns the products of a single row into reductions, which take 1.4 times as long.
-    "gpu": PlatformDefaults(256, 8192, 2, 64, 64, 512, "triton"),
+    "gpu": PlatformDefaults(256, 8192, 2, 64, 64, 512, 256, "triton"),
 }
 
 
@@ -76,7 +77,10 @@ def assemble(*, config: EngineConfig, **given: Any) -> Parts:
     """See `_assemble`. Raises what LLM says."""
     _set_compilation_cache(config.compilation_cache)
     if config.mesh is None:
-        mesh = create_mesh(config.tensor_parallel_size, config.data_parallel_size, expert=config.expert_parallel_size)
+        mesh = create_mesh(
+            config.tensor_parallel_size, config.data_parallel_size, expert=config.expert_parallel_size,
+            stage=config.pipeline_parallel_size,
+        )  # fmt: skip
     else:
         mesh = as_created(config.mesh)
     check_mesh(mesh)
@@ -123,12 +127,12 @@ def _assemble(
     )
     words = _load_tokenizer(tokenizer, checkpoint, source.get("download_dir"))
     params, borrowed = _load_weights(checkpoint, config, mesh)
-    short = (
-        device.platform == "gpu" and sum(p.nbytes for p in params.values()) / axis_size(mesh, LAYER) < SHORT_STEP_BYTES
-    )
-    steps = config.steps_per_call or (SHORT_STEPS if short else 1)
+    stages, weight_bytes = axis_size(mesh, STAGE), sum(p.nbytes for p in params.values())
+    short = device.platform == "gpu" and weight_bytes / stages / axis_size(mesh, LAYER) < SHORT_STEP_BYTES
+    # Between two calls a pipeline runs empty.
+    steps = config.steps_per_call or (SHORT_STEPS if short or stages > 1 else 1)
     config = replace(config, steps_per_call=steps)
-    groups = cache_groups(share.windows, share.num_kv_heads, share.head_dim)
+    experts, groups = share.experts, cache_groups(share.windows, share.num_kv_heads, share.head_dim)
     temporary = temporary_bytes(share, sizes, config.max_logprobs, config.dtype, config.attention)
     reserved = temporary + COMPILERS * compiling_bytes(share, sizes, config.dtype)
     num_pages = plan_pages(config, share, groups, sizes, config.kv_cache_dtype, reserved, mesh.local_devices)
@@ -143,6 +147,7 @@ def _assemble(
         page_size=sizes.page_size,
         groups=len(groups),
         max_num_seqs=sizes.max_num_seqs,
+        microbatch=defaults.microbatch * (experts.count // experts.per_token if experts else 1),
         steps=(1, steps) if steps > 1 else (1,),
     )
     own = Runner(

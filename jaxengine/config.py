@@ -178,8 +178,9 @@ class EngineConfig:
     # are whole on one of expert_parallel_size groups, and split over the devices of that group.
     tensor_parallel_size: int = 1
     expert_parallel_size: int = 1
+    pipeline_parallel_size: int = 1  # stages, each with as many of the layers on as many devices
     data_parallel_size: int = 1  # shards among which requests are divided, each with as many devices
-    mesh: Mesh | None = None  # the same with devices of one's own choice: its axes `data`, `expert` and `tensor`
+    mesh: Mesh | None = None  # the same with devices of one's own choice: its axes data, stage, expert and tensor
 
     def __post_init__(self):
         def check(name: str, ok: bool, want: str):
@@ -208,8 +209,9 @@ class EngineConfig:
             raise UnsupportedError(
                 f"quantization={self.quantization!r}: only unquantized weights are served; leave it None"
             )
-        for axis in ("tensor", "expert", "data"):
-            name = f"{axis}_parallel_size"
+        axes = {"tensor": "tensor", "expert": "expert", "stage": "pipeline", "data": "data"}
+        for axis, kind in axes.items():
+            name = f"{kind}_parallel_size"
             size = getattr(self, name)
             check(name, _is_int(size) and size > 0, "a positive integer")
             if self.mesh is not None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxengine.sharding import DATA, LAYER, axis_size, named_sharding
+from jaxengine.sharding import LAYER, RULES, axis_size, named_sharding
 
 AXES = ("page", "kv_heads", None, None)
 
@@ -40,8 +40,8 @@ def cache_groups(windows: Sequence[int | None], kv_heads: int, head_dim: int) ->
 
 
 class KVCache(NamedTuple):
-    """K and V of every layer, one array each: `[pages, kv_heads, page_size, head_dim]`, pages split over the shards of
-    the data axis, KV heads over the devices of each. Donated to every step."""
+    """K and V of every layer of a stage, one array each: `[pages, kv_heads, page_size, head_dim]`, pages split over the
+    shards of the data axis and, within each, over the stages, KV heads over the devices. Donated to every step."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
@@ -58,8 +58,11 @@ class LayerCache(NamedTuple):
 
 
 def create_cache(groups: Sequence[CacheGroup], pages: Sequence[int], page_size: int, dtype, mesh: Mesh) -> KVCache:
-    """Zeroed pools with `pages[g]` pages, the null page included, for each group g, and each shard of the data axis."""
-    sharding, shards, devices = named_sharding(mesh, AXES), axis_size(mesh, DATA), axis_size(mesh, LAYER)
+    """Zeroed pools with `pages[g]` pages, the null page included, for each group g, and each shard of the data axis.
+
+    `groups` are of a stage's layers: each stage has as many pools, of its own pages.
+    """
+    sharding, shards, devices = named_sharding(mesh, AXES), axis_size(mesh, RULES["page"]), axis_size(mesh, LAYER)
 
     def zeros(group: CacheGroup, count: int) -> jax.Array:
         shape = (shards * count, group.kv_heads * devices, page_size, group.head_dim)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,8 +15,8 @@ from jaxengine.errors import ConfigError, UnsupportedError
 
 type Axis = str | tuple[str, ...]  # of a mesh; several count as one, of which the first varies slowest
 
-DATA, EXPERT, TENSOR = "data", "expert", "tensor"
-LAYER = (EXPERT, TENSOR)  # the mesh axes over which every layer is split; DATA divides requests
+AXES = DATA, STAGE, EXPERT, TENSOR = "data", "stage", "expert", "tensor"
+LAYER = (EXPERT, TENSOR)  # the mesh axes over which every layer is split; DATA divides requests, STAGE layers
 
 # Logical axis -> mesh axis. None: replicated. A mesh axis may appear once per array; collisions raise.
 RULES: dict[str, Axis | None] = {
@@ -29,7 +29,7 @@ RULES: dict[str, Axis | None] = {
     "router": None,
     "hidden": None,
     "position": None,
-    "page": DATA,
+    "page": (DATA, STAGE),
     "norm": None,
     "rows": DATA,  # of a step, or slots, or tokens
 }
@@ -37,10 +37,11 @@ RULES: dict[str, Axis | None] = {
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter of the canonical layout: its shape and the logical axis of each dimension."""
+    """One parameter of the canonical layout: its shape, the logical axis of each dimension, and the layer it is of."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    layer: tuple[int, int] | None = None  # of how many; None: of none, all stages have it
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -50,10 +51,20 @@ class ParamSpec:
         """The same with a vocabulary that the devices divide; `models.prepare` sees to it that padding is not drawn."""
         devices = axis_size(mesh, RULES["vocab"])
         sizes = (size + -size % devices if axis == "vocab" else size for size, axis in zip(self.shape, self.axes))
-        return ParamSpec(tuple(sizes), self.axes)
+        return replace(self, shape=tuple(sizes))
+
+    def on_stage(self, mesh: Mesh) -> Mesh:
+        """The part of a mesh that has it."""
+        stages = axis_size(mesh, STAGE)
+        if self.layer is None or stages == 1:
+            return mesh
+        layer, layers = self.layer
+        stage = layer * stages // layers
+        return Mesh(mesh.devices[:, stage : stage + 1], mesh.axis_names, axis_types=mesh.axis_types)
 
     def sharding(self, mesh: Mesh) -> NamedSharding:
         """Its place on a mesh. A dimension that the devices do not divide is whole on each: see `padded`."""
+        mesh = self.on_stage(mesh)
         names = named_sharding(mesh, self.axes).spec
         return NamedSharding(
             mesh,
@@ -61,34 +72,36 @@ class ParamSpec:
         )
 
 
-def create_mesh(tensor: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None, expert: int = 1) -> Mesh:
-    """A mesh of `data x expert x tensor` devices, the first ones unless `devices` names others.
+def create_mesh(
+    tensor: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None, expert: int = 1, stage: int = 1
+) -> Mesh:
+    """A mesh of `data x stage x expert x tensor` devices, the first ones unless `devices` names others.
 
     Raises ConfigError when there are fewer devices than asked for.
     """
     devices = jax.devices() if devices is None else devices
-    needed = data * expert * tensor
+    needed = data * stage * expert * tensor
     if len(devices) < needed:
-        raise ConfigError(f"{tensor=} x {expert=} x {data=} needs {needed} devices, there are {len(devices)}")
-    grid = np.asarray(devices[:needed]).reshape(data, expert, tensor)
-    return Mesh(grid, (DATA, EXPERT, TENSOR), axis_types=(AxisType.Auto,) * 3)
+        sizes = f"{tensor=} x {expert=} x {stage=} x {data=}"
+        raise ConfigError(f"{sizes} needs {needed} devices, there are {len(devices)}")
+    grid = np.asarray(devices[:needed]).reshape(data, stage, expert, tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def as_created(mesh: Mesh) -> Mesh:
-    """The devices of a mesh of which no axes but `data`, `expert` and `tensor` have several, as `create_mesh` has them.
+    """The devices of a mesh of which no axes but `create_mesh`'s have several, as that has them.
 
     Raises UnsupportedError for other meshes.
     """
-    names = (DATA, EXPERT, TENSOR)
-    if axis_size(mesh, names) != mesh.size:
+    if axis_size(mesh, AXES) != mesh.size:
         raise UnsupportedError(
-            f"mesh {dict(mesh.shape)}: only the axes {DATA!r}, {EXPERT!r} and {TENSOR!r} may have several devices, as "
-            f'in Mesh(devices, ("{DATA}", "{TENSOR}"))'
+            f"mesh {dict(mesh.shape)}: only the axes {', '.join(AXES)} may have several devices, as in "
+            f' Mesh(devices, ("{DATA}", "{TENSOR}"))'
         )
-    order = sorted(range(mesh.devices.ndim), key=lambda i: (*names, mesh.axis_names[i]).index(mesh.axis_names[i]))
+    order = sorted(range(mesh.devices.ndim), key=lambda i: (*AXES, mesh.axis_names[i]).index(mesh.axis_names[i]))
     devices = mesh.devices.transpose(order).flatten().tolist()
-    data, expert, tensor = (mesh.shape.get(name, 1) for name in names)
-    return create_mesh(tensor, data, devices, expert)
+    data, stage, expert, tensor = (mesh.shape.get(name, 1) for name in AXES)
+    return create_mesh(tensor, data, devices, expert, stage)
 
 
 def axis_size(mesh: Mesh, axis: Axis | None) -> int:
@@ -105,6 +118,16 @@ def named_sharding(mesh: Mesh, axes: tuple[str | None, ...] = ()) -> NamedShardi
     if len(used) != len(set(used)):
         raise ValueError(f"logical {axes=} map two dimensions to one mesh axis: {names}")
     return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def stacked_sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+    """The same of arrays with these axes, one of each stage, one after another in their first dimension."""
+    found = named_sharding(mesh, axes)
+    if axis_size(mesh, STAGE) == 1:
+        return found
+    first, *others = found.spec
+    inner = (first,) if isinstance(first, str) else first or ()
+    return NamedSharding(mesh, PartitionSpec((STAGE, *inner), *others))
 
 
 def _present(mesh: Mesh, axis: Axis | None) -> Axis | None:

@@ -127,6 +127,7 @@ def restrict(llm, pages=None, max_num_batched_tokens=None):
             max_model_len=llm.config.max_model_len,
             enable_prefix_caching=llm.config.enable_prefix_caching,
             priority_aging_steps=llm.config.priority_aging_steps,
+            steps_per_call=llm.config.steps_per_call,
         )
         for _ in range(llm._runner.shards)
     ]

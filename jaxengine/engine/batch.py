@@ -34,6 +34,7 @@ class Buckets:
     groups: int
     max_num_seqs: int  # slots of a shard
     steps: tuple[int, ...] = (1,)
+    microbatch: int = 256  # tokens of a mixed step that a stage of a pipeline has at a time
 
     def decode(self, rows: int, steps: int = 1) -> Bucket:
         rows = self.rows[bisect_left(self.rows, rows)]

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxengine.config import ModelConfig
 from jaxengine.errors import WeightsDeletedError
 from jaxengine.models import build, logical_axes, one_share
-from jaxengine.sharding import LAYER, axis_size, named_sharding
+from jaxengine.sharding import LAYER, axis_size, named_sharding, stacked_sharding
 
 
 class DeviceWeights:
@@ -25,7 +25,10 @@ class DeviceWeights:
         self.axis = LAYER if several else None  # over which programs run on each device's share of the leaves
         self._graph, state = nnx.split(self._build(params))
         leaves, self._tree = jax.tree.flatten(state)
-        places = {path: named_sharding(mesh, axes) for path, axes in logical_axes(model, params).items()}
+        places = {
+            path: (stacked_sharding if path.startswith("layers.") else named_sharding)(mesh, axes)
+            for path, axes in logical_axes(model, params).items()
+        }
         self.specs: list[PartitionSpec] = [place.spec for place in jax.tree.leaves(nnx.state(self._build(places)))]
         self.take(leaves, borrowed)
 

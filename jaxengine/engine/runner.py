@@ -28,6 +28,7 @@ from jaxengine.engine.device_slots import (
 )
 from jaxengine.engine.device_weights import DeviceWeights
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
+from jaxengine.layers import pipeline
 from jaxengine.layers.attention import AttentionInputs, Implementation
 from jaxengine.layers.pooling import pooled_sums
 from jaxengine.request import MAX_LOGIT_BIAS
@@ -37,7 +38,7 @@ from jaxengine.sampling import (
     prompt_vocab_logprobs,
     sample,
 )
-from jaxengine.sharding import DATA, named_sharding, on_each_device
+from jaxengine.sharding import DATA, STAGE, named_sharding, on_each_device
 from jaxengine.step import (
     MODES,
     SLOT_FLOATS,
@@ -100,11 +101,10 @@ class Runner:
         self.attention = cast(Implementation, attention)
         self.max_model_len, self.prompt_chunk, self.temporary_bytes = max_model_len, prompt_chunk, temporary_bytes
         self.logprobs_mode = cast(Literal["raw", "processed"], config.logprobs_mode)
-        self.layer_group = tuple(
-            next(g for g, group in enumerate(groups) if i in group.layers) for i in range(model.num_layers)
-        )
+        of_layer = {i: g for g, group in enumerate(groups) for i in group.layers}
+        self.layer_group = tuple(of_layer[i] for i in range(len(of_layer)))
         self.weights = DeviceWeights(model, params, max_model_len, mesh, borrowed)
-        self.vocab_size, self.shards = model.vocab_size, mesh.shape[DATA]
+        self.vocab_size, self.shards, self.stages = model.vocab_size, mesh.shape[DATA], mesh.shape[STAGE]
         self._programs: dict[tuple, Any] = {}
         self._compiling: dict[tuple, Future] = {}
         self._compiler = ThreadPoolExecutor(COMPILERS, thread_name_prefix="jaxengine-compile")
@@ -298,7 +298,7 @@ class Runner:
             specs = tuple(place if place is leaves else place.spec for place in places)
             function, arguments = on_each_device(function, arguments, specs, out, self.mesh)
         on_gpu = self.mesh.devices.flat[0].platform == "gpu"
-        cublas = name == "decode" and key[0].rows >= CUBLAS_ROWS and on_gpu
+        cublas = name == "decode" and key[0].rows >= CUBLAS_ROWS * self.stages and on_gpu
         options = {"xla_gpu_enable_triton_gemm": False} if cublas else {}
         if self.mesh.is_multi_process and on_gpu:  # one that finds the program in its cache would keep others waiting
             options |= {"xla_gpu_shard_autotuning": False}
@@ -310,23 +310,39 @@ class Runner:
         step = unpack("decode", bucket, packed)
         tables = update_tables(tables, step["page_updates"])
         slots = step["slots"]
-        row_tables, ints, floats = tuple(table[slots] for table in tables), ints[slots], floats[slots]
+        rows = tuple(table[slots] for table in tables), ints[slots], floats[slots], step["lengths"], step["counts"]
+        tokens = jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
+        model = self.weights.module(leaves)
+
+        def lengths_in(rows, number):
+            *_, lengths, counts = rows
+            return jnp.where(number < counts, lengths + number, 0)
+
+        def inputs(rows, number):
+            row_tables, lengths = rows[0], lengths_in(rows, number)
+            positions = jnp.maximum(lengths - 1, 0)
+            page, offset = self._places(row_tables, jnp.where(lengths > 0, jnp.arange(len(lengths)), -1), positions)
+            return AttentionInputs(positions, page, offset, row_tables, lengths, None, None, None, None,
+                                   self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
+
+        def draw(rows, x, number):
+            _, ints, floats, *_ = rows
+            fields = sampling_fields(ints, floats, lengths_in(rows, number))
+            return self._known(sample(model.head(x, share=True), fields, mode, axis=self.weights.axis).tokens)
 
         def next_tokens(carry, number):
             cache, tokens = carry
-            lengths = jnp.where(number < step["counts"], step["lengths"] + number, 0)
-            positions = jnp.maximum(lengths - 1, 0)
-            page, offset = self._places(row_tables, jnp.where(lengths > 0, jnp.arange(bucket.rows), -1), positions)
-            inputs = AttentionInputs(positions, page, offset, row_tables, lengths, None, None, None, None,
-                                     self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
-            model = self.weights.module(leaves)
-            x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
-            fields = sampling_fields(ints, floats, lengths)
-            drawn = self._known(sample(model.head(x, share=True), fields, mode, axis=self.weights.axis).tokens)
+            at = inputs(rows, number)
+            x, cache = model.run_layers(model.embed(tokens, at.positions), at, cache)
+            drawn = draw(rows, x, number)
             return (cache, drawn), drawn
 
-        start = cache, jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
-        (cache, last), drawn = jax.lax.scan(next_tokens, start, jnp.arange(bucket.steps))
+        if self.stages == 1:
+            (cache, last), drawn = jax.lax.scan(next_tokens, (cache, tokens), jnp.arange(bucket.steps))
+        else:
+            least = self.buckets.rows[0]
+            cache, drawn = pipeline.decode(model, inputs, draw, rows, tokens, cache, bucket.steps, least)
+            last = drawn[-1]
         return cache, last_token.at[slots].set(last), tables, drawn.T
 
     def _mixed(self, bucket, leaves, cache, last_token, tables, packed):
@@ -341,7 +357,11 @@ class Runner:
                                  step["block_row"], step["block_start"],
                                  self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
         model = self.weights.module(leaves)
-        x, cache = model.run_layers(model.embed(tokens, positions), inputs, cache)
+        x = model.embed(tokens, positions)
+        if self.stages == 1:
+            x, cache = model.run_layers(x, inputs, cache)
+        else:
+            x, cache = pipeline.run_layers(model, x, inputs, cache, min(len(x), self.buckets.microbatch))
         rows = x[step["logit_index"]]
         return cache, tables, x, jnp.pad(rows, ((0, self.buckets.max_num_seqs - len(rows)), (0, 0)))
 

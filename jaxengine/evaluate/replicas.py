@@ -67,11 +67,11 @@ def run_batch_replicas(
     if options.get("mesh") is not None:
         raise UnsupportedError(
             "mesh= names devices of this process, replicas have their own: use tensor_parallel_size= and "
-            "expert_parallel_size= and data_parallel_size="
+            "expert_parallel_size=, pipeline_parallel_size= and data_parallel_size="
         )
     lines, stop = open_source(source, column, id_column, url), stop or Stop()
     with _cluster() as ray:
-        each = prod(options.get(f"{axis}_parallel_size", 1) for axis in ("tensor", "expert", "data"))
+        each = prod(options.get(f"{axis}_parallel_size", 1) for axis in ("tensor", "expert", "pipeline", "data"))
         gpus = _gpus(ray, replicas, each)
         worker = ray.remote(_Worker).options(max_concurrency=CONCURRENT, num_cpus=1, num_gpus=gpus)
         loading = os.getcwd(), options, dict(defaults or {}), list_names(served_model_name)

@@ -20,7 +20,17 @@ from jax.sharding import Mesh, NamedSharding
 from jaxengine.config import ModelConfig
 from jaxengine.errors import ConfigError, UnsupportedModelError
 from jaxengine.models import gpt2, llama
-from jaxengine.sharding import EXPERT, LAYER, TENSOR, Axis, ParamSpec, axis_size, named_sharding
+from jaxengine.sharding import (
+    EXPERT,
+    LAYER,
+    STAGE,
+    TENSOR,
+    Axis,
+    ParamSpec,
+    axis_size,
+    named_sharding,
+    stacked_sharding,
+)
 
 # All but GPT-2 are Llama with options that ModelConfig carries: windows, biases, norms on q and k, experts.
 FAMILIES = {
@@ -42,15 +52,50 @@ def family(config: ModelConfig) -> ModuleType:
 
 def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     """Every parameter of the canonical layout: path -> shape and logical axes."""
-    return family(config).param_specs(config)
+    specs = family(config).param_specs(config)
+    layers = {path: int(path.split(".")[1]) for path in specs if path.startswith("layers.")}
+    return specs | {path: replace(specs[path], layer=(i, config.num_layers)) for path, i in layers.items()}
+
+
+def one_stage(config: ModelConfig, stages: int) -> ModelConfig:
+    """The layers of each stage of a pipeline: layer i of stage s is layer `s * layers + i` of the model.
+
+    Raises ConfigError where stages would differ.
+    """
+    if stages == 1:
+        return config
+    experts = config.experts.layers if config.experts else ()
+    kinds = [(w, s, i in experts) for i, (w, s) in enumerate(zip(config.windows, config.attention_scales))]
+
+    def fits(count: int) -> bool:
+        own = config.num_layers // count
+        return config.num_layers % count == 0 and kinds == kinds[:own] * count
+
+    if not fits(stages):
+        names = "windows", "attention_scales", "experts"
+        differ = ", ".join(name for name, kind in zip(names, zip(*kinds)) if len(set(kind)) > 1)
+        raise ConfigError(
+            f"pipeline_parallel_size={stages} does not divide num_layers={config.num_layers} into stages that are alike"
+            f"{f' (layers differ in {differ})' if differ else ''}; "
+            f"use one of {[n for n in range(1, config.num_layers + 1) if fits(n)]}"
+        )
+    own = config.num_layers // stages
+    return replace(
+        config,
+        num_layers=own,
+        windows=config.windows[:own],
+        attention_scales=config.attention_scales[:own],
+        experts=config.experts and replace(config.experts, layers=tuple(i for i in experts if i < own)),
+    )
 
 
 def one_share(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """The model as each device has it: its heads and MLP columns; where there are fewer KV heads, a whole one. Of the
-    experts those of its group, and of them its columns.
+    """The model as each device has it: its stage's layers, its heads and MLP columns; where there are fewer KV heads, a
+    whole one. Of the experts those of its group, and of them its columns.
 
     Raises ConfigError for what does not divide.
     """
+    config = one_stage(config, axis_size(mesh, STAGE))
     experts, devices = config.experts, axis_size(mesh, LAYER)
     groups, columns = axis_size(mesh, EXPERT), axis_size(mesh, TENSOR)
     if groups > 1 and (experts is None or experts.count % groups):
@@ -148,13 +193,18 @@ def prepare(
 
     On a `mesh` of several devices KV heads of which there are fewer are repeated, the vocabulary is padded to what the
     devices divide, and what is joined is joined on each device: its heads of q, then those of k, then those of v.
+    With stages the same parameter of each stage is a part of one array, under the name of the first stage's.
     """
     if mesh is not None and mesh.size == 1:
         mesh = None
     if mesh is not None:
         _fit(config, params, mesh)
-    if not fuse:
-        return dict(params)
+    if fuse:
+        _fuse(config, params, transpose, mesh)
+    return dict(params) if mesh is None else _stack(config, params, mesh)
+
+
+def _fuse(config: ModelConfig, params: dict[str, jax.Array], transpose: bool, mesh: Mesh | None) -> None:
     for fused, parts in FUSED.items():
         for path in [path for path in params if path.split(".")[-2] == parts[0] and params[path].ndim < 3]:
             scope, kind = path.removesuffix(path.split(parts[0])[-1]).removesuffix(parts[0]), path.split(".")[-1]
@@ -167,19 +217,38 @@ def prepare(
     if config.tie_word_embeddings:
         embedding = params["embed_tokens.embedding"]
         params |= {"lm_head.kernel_t": embedding} if transpose else {"lm_head.kernel": _transpose(embedding)}
-    return params
 
 
 def _fit(config: ModelConfig, params: dict[str, jax.Array], mesh: Mesh) -> None:
     devices = axis_size(mesh, LAYER)
     copies = max(1, devices // config.num_kv_heads)
-    for path, axes in logical_axes(config, params).items():
-        sharding = named_sharding(mesh, axes)
+    for path, spec in param_specs(config).items():
+        axes, sharding = spec.axes, named_sharding(spec.on_stage(mesh), spec.axes)
         if copies > 1 and "kv_heads" in axes:
             params[path] = _repeat_heads(params[path], copies, config.head_dim, sharding)
         if "vocab" in axes and (padding := -params[path].shape[axes.index("vocab")] % devices):  # not yet padded
             params[path] = _pad(params[path], axes.index("vocab"), padding, sharding)
         params[path] = jax.device_put(params[path], sharding)  # shares the memory of what is in its place
+
+
+def _stack(config: ModelConfig, params: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """Nothing moves: a device's part of the stacked array is what it has."""
+    stages = axis_size(mesh, STAGE)
+    if stages == 1:
+        return dict(params)
+    parts: dict[str, list[jax.Array]] = {}
+    for path, array in params.items():
+        if path.startswith("layers."):
+            _, layer, rest = path.split(".", 2)
+            parts.setdefault(f"layers.{int(layer) % (config.num_layers // stages)}.{rest}", []).append(array)
+    stacked = {path: array for path, array in params.items() if not path.startswith("layers.")}
+    for path, axes in logical_axes(config, parts).items():
+        first, *others = parts[path][0].shape
+        held = [shard.data for array in parts[path] for shard in array.addressable_shards]
+        stacked[path] = jax.make_array_from_single_device_arrays(
+            (stages * first, *others), stacked_sharding(mesh, axes), held
+        )
+    return stacked
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

@@ -106,7 +106,8 @@ def _placed(value: Any, dtype: str, sharding: jax.sharding.NamedSharding, may_ke
         array = np.asarray(value).astype(jnp.dtype(dtype))
         if sharding.is_fully_addressable:
             return jax.device_put(array, sharding)
-        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)  # device_put would compare all
+        # device_put would compare all.
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__, dtype=array.dtype)
     if str(value.dtype) != dtype:
         value, may_keep = _cast(value, dtype), True
     if may_keep and value.sharding.is_equivalent_to(sharding, value.ndim):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -114,11 +115,16 @@ def _place(
         array = _pad(array, _swapped(spec.shape))
         if platform == "cpu":  # the transfer transposes faster than NumPy does
             return [jax.device_put(array.swapaxes(-1, -2), spec.sharding(mesh))]
-        arrived = jax.device_put(array, ParamSpec(_swapped(spec.shape), _swapped(spec.axes)).sharding(mesh))
+        arrived = jax.device_put(array, _stored(spec).sharding(mesh))
         return [_transposed(spec.sharding(mesh))(arrived)]  # at 1 GB/s a host would be the slowest part
     widths = [specs[path].shape[-1] for path in target.paths]
     parts = np.split(_pad(array, (*specs[target.paths[0]].shape[:-1], sum(widths))), np.cumsum(widths)[:-1], axis=-1)
     return [jax.device_put(part, specs[path].sharding(mesh)) for path, part in zip(target.paths, parts)]
+
+
+def _stored(spec: ParamSpec) -> ParamSpec:
+    """Of the tensor that a transposed kernel is read from."""
+    return replace(spec, shape=_swapped(spec.shape), axes=_swapped(spec.axes))
 
 
 def _swapped[T](entries: tuple[T, ...]) -> tuple[T, ...]:
@@ -134,12 +140,12 @@ def _read_own(
     placed, start = [], 0
     for path in target.paths:
         spec = specs[path]
-        stored = ParamSpec(_swapped(spec.shape), _swapped(spec.axes)) if target.transposed else spec
+        stored = _stored(spec) if target.transposed else spec
         part = partial(_read_part, checkpoint, dtype, start)
         stacked = target.index is not None
         read = partial(_stack_parts, part, names) if stacked else partial(part, names[0])
         held = cache(partial(read, stored.shape))  # devices may hold the same
-        arrived = jax.make_array_from_callback(stored.shape, stored.sharding(mesh), held)
+        arrived = jax.make_array_from_callback(stored.shape, stored.sharding(mesh), held, dtype=jax.numpy.dtype(dtype))
         placed.append(_transposed(spec.sharding(mesh))(arrived) if target.transposed else arrived)
         start += stored.shape[-1]
     return placed

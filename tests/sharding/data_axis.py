@@ -114,7 +114,7 @@ def check_groups(llm, data, tensor):
     found = [re.search(r"replica_groups=(mesh\S+ \{.*?\})", line) for line in lines if COLLECTIVE.search(line)]
     groups = {match and match[1] for match in found}
     assert groups == (
-        {f"mesh['data'={data},'expert'=1,'tensor'={tensor}] {{'expert','tensor'}}"} if tensor > 1 else set()
+        {f"mesh['data'={data},'stage'=1,'expert'=1,'tensor'={tensor}] {{'expert','tensor'}}"} if tensor > 1 else set()
     )
 
 
@@ -191,7 +191,7 @@ def test_a_mesh_of_ones_own():
     ) as llm:
         assert len({output.outputs[0].token_ids[1] for output in llm.generate(*ask, use_tqdm=False)}) == 1
         [pool, *_] = llm._runner._cache.k
-        assert pool.sharding.mesh.devices[:, 0].tolist() == devices[:, 0].T.tolist()
+        assert pool.sharding.mesh.devices[:, 0, 0].tolist() == devices[:, 0].T.tolist()
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_a_mesh_of_ones_own():
         ({"data_parallel_size": 3, "tensor_parallel_size": 4}, ConfigError, "needs 12 devices, there are 8"),
         ({"data_parallel_size": 0}, ConfigError, "data_parallel_size=0 must be a positive integer"),
         (
-            {"mesh": ("data", "stage")},
+            {"mesh": ("data", "replica")},
             UnsupportedError,
-            "only the axes 'data', 'expert' and 'tensor' may have several devices",
+            "only the axes data, stage, expert, tensor may have several devices",
         ),
         ({"mesh": ("data", "tensor"), "data_parallel_size": 4}, ConfigError, "left out, or the 2 of the mesh"),
     ],

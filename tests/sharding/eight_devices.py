@@ -1,6 +1,7 @@
 """Tensor and expert parallelism on eight simulated devices; `test_sharding.py` starts it."""
 
 import re
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -13,7 +14,7 @@ from jaxengine import LLM, ConfigError, SamplingParams
 from jaxengine.errors import WeightsDeletedError
 from jaxengine.kv_cache import AXES
 from jaxengine.models import param_specs
-from jaxengine.sharding import LAYER, create_mesh, gather, named_sharding, on_each_device
+from jaxengine.sharding import LAYER, STAGE, create_mesh, gather, named_sharding, on_each_device
 from jaxengine.weights import load_params, open_checkpoint
 from jaxengine.weights.checkpoint import read_config
 from tests.references import tiny
@@ -259,21 +260,28 @@ def test_what_is_refused(family, options, error, message):
 
 
 @pytest.mark.parametrize(
-    ("family", "devices"),
-    [("qwen3", 2), pytest.param("qwen3", 8, marks=full), pytest.param("qwen3_moe", 4, marks=full)],
+    ("family", "devices", "stages"),
+    [
+        ("qwen3", 2, 1),
+        pytest.param("qwen3", 8, 1, marks=full),
+        pytest.param("qwen3_moe", 4, 1, marks=full),
+        pytest.param("qwen3", 2, 2, marks=full),
+    ],
 )
-def test_the_kernels_lower_for_cuda_within_each_device(family, devices):
+def test_the_kernels_lower_for_cuda_within_each_device(family, devices, stages):
     experts = 2 if family == "qwen3_moe" else 1
     shape = CONFIGS[family] | {"head_dim": 64, "max_position_embeddings": 4096}
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "dtype": "bfloat16", "kv_cache_memory_bytes": 2**24}
     specs = param_specs(read_config(shape, "bfloat16", ()))
     made = {path: np.zeros(spec.shape, np.float32) for path, spec in specs.items()}
     card = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    mesh = AbstractMesh((experts, devices // experts), LAYER, (AxisType.Auto,) * 2, abstract_device=card)
+    mesh = (stages, experts, devices // experts), (STAGE, *LAYER), (AxisType.Auto,) * 3
+    mesh = AbstractMesh(*mesh, abstract_device=card)
     sizes |= {"expert_parallel_size": experts, "tensor_parallel_size": devices // experts}
+    sizes |= {"pipeline_parallel_size": stages}
     with LLM(made, config=shape, fuse_weights=True, **sizes) as llm:
-        runner, pool = llm._runner, PartitionSpec(None, LAYER)
-        runner.attention = "triton"
+        runner, pool = llm._runner, PartitionSpec(STAGE, LAYER)
+        runner.attention, runner.buckets = "triton", replace(runner.buckets, microbatch=128)
         for name, kernel in {"decode": "paged_decode", "mixed": "paged_extend_mosaic"}.items():
             key = next(key for other, key in runner._all_keys()[::-1] if other == name)
             split = {id(runner.weights.leaves): runner.weights.specs, id(runner._cache): pool}
@@ -287,4 +295,4 @@ def test_the_kernels_lower_for_cuda_within_each_device(family, devices):
                 text = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
             assert "rope_write" in text and kernel in text
             assert ("grouped_gated_matmul" in text) == (family == "qwen3_moe")
-            assert "stablehlo.all_reduce" in text
+            assert "stablehlo.all_reduce" in text and ("stablehlo.collective_permute" in text) == (stages > 1)

@@ -57,7 +57,7 @@ def lead(llm, task, model, other):
         case "forever":
             while True:
                 llm.generate([[7, 8, 9]], SamplingParams(max_tokens=50, ignore_eos=True), use_tqdm=False)
-        case "weights":
+        case "weights" | "stages":
             check_refused("give its path", llm.update_weights, {})
             check_refused("other than the first", llm.follow)
             check_refused("have an engine already", LLM, model, tensor_parallel_size=jax.device_count())
@@ -90,7 +90,8 @@ def follow(llm, task):
 def main(rank, count, address, task, model, other):
     # A machine may pause its tests for longer than the heartbeat of `processes.initialize`.
     jax.distributed.initialize(address, int(count), int(rank), heartbeat_timeout_seconds=200)
-    options = OPTIONS | {"tensor_parallel_size": jax.device_count()}
+    axis = "pipeline" if task == "stages" else "tensor"
+    options = OPTIONS | {f"{axis}_parallel_size": jax.device_count()}
     if int(rank) == 1 and task == "another config":
         options["page_size"] = 16
     if int(rank) == 1:  # it has less memory than process 0

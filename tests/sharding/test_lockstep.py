@@ -88,6 +88,15 @@ def check_same_tokens(job, count):
     assert all_ / count <= mine < all_ / count * 1.1, "each has its share, and norms"
 
 
+def check_stage(job):
+    """The same of the first of two stages: half of the layers and of their pages, and what both have."""
+    told = job.told()
+    assert told["answers"] == answers(shared_llm())
+    mine, all_ = told["held"]
+    both = sum(leaf.nbytes for leaf in shared_llm()._runner.weights.leaves[:1]) * 2 + 64 * 4  # embedding, head, norm
+    assert mine == (all_ - both) / 2 + both
+
+
 def check_killed(job, victim):
     """Every other process says who is gone, and fails."""
     job.processes[victim].kill()
@@ -110,12 +119,13 @@ def test_the_same_tokens_until_one_is_killed(count, victim, tmp_path):
 
 
 @full
-def test_other_weights_and_sleep(tmp_path):
+@pytest.mark.parametrize("task", ["weights", "stages"])
+def test_other_weights_and_sleep(task, tmp_path):
     other = write_model(tmp_path / "other")
     file = other / "model.safetensors"
     save_file({name: x[..., ::-1].copy() for name, x in load_file(file).items()}, file)
-    with members(2, "weights", tmp_path, other) as job:
-        check_same_tokens(job, 2)
+    with members(2, task, tmp_path, other) as job:
+        check_stage(job) if task == "stages" else check_same_tokens(job, 2)
         with LLM(other, **OPTIONS) as llm:
             wanted = answers(llm)
         told = [job.told() for _ in range(3)]

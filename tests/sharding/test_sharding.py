@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxengine.sharding import create_mesh, named_sharding
 
-CASES = ["eight_devices.py", "data_axis.py"]
+CASES = ["eight_devices.py", "data_axis.py", "pipeline.py"]
 # Compiling is what these tests spend their time on; the least effort halves it.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
