@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 
 from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
+from jaxengine.evaluate.answering import Answering
 from jaxengine.sharding import create_mesh
 from jaxengine.step import unpack
 from tests.sharding.eight_devices import COLLECTIVE, CONFIGS, SMALL, VOCAB, check_collectives, params
@@ -193,10 +194,20 @@ def test_a_mesh_of_ones_own():
         llm._runner._gathers, submit, flights = True, llm._runner.submit, []  # as of several processes
         llm._runner.submit = lambda inputs: flights.append(submit(inputs)) or flights[-1]
         assert len({output.outputs[0].token_ids[1] for output in llm.generate(*ask, use_tqdm=False)}) == 1
+        assert (llm.config.data_parallel_size, llm.config.tensor_parallel_size) == (2, 2)
         told = [array for flight in flights for array in jax.tree.leaves(flight._arrays)]
         assert told and all(array.is_fully_replicated for array in told), "any process can read it"
         [pool, *_] = llm._runner._cache.k
         assert pool.sharding.mesh.devices[:, 0].tolist() == devices[:, 0].T.tolist()
+
+
+def test_prompts_of_an_iterable_and_lines_of_a_batch_are_enough_for_all_shards():
+    ask = SamplingParams(temperature=0, max_tokens=3, detokenize=False)
+    with make_llm("llama", data=4) as llm:
+        submit, waiting = llm._runner.submit, []
+        llm._runner.submit = lambda inputs: waiting.append(llm._loop.num_requests) or submit(inputs)
+        llm.generate(([i + 5, 6] for i in range(50)), ask, use_tqdm=False)
+        assert max(waiting) == Answering(llm, {}, ["a model"]).ahead == 2 * 4 * SMALL["max_num_seqs"]
 
 
 @pytest.mark.parametrize(
