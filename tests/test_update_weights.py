@@ -105,13 +105,30 @@ def fresh(shared, **options):
 
 @contextmanager
 def slowed(llm, seconds=0.005):
-    """Steps that take so long that a request of many tokens is still in flight when the test comes to it."""
-    submit = llm._runner.submit
-    llm._runner.submit = lambda inputs: (time.sleep(seconds), submit(inputs))[1]
+    """Steps that take so long that a request of many tokens is still in flight when the test comes to it.
+
+    They wait while weights are loaded, which a busy machine may take any time for.
+    """
+    submit, load, loaded = llm._runner.submit, live_weights.load_prepared, threading.Event()
+
+    def slow_submit(inputs):
+        time.sleep(seconds)
+        loaded.wait()
+        return submit(inputs)
+
+    def load_alone(*arguments, **options):
+        loaded.clear()
+        try:
+            return load(*arguments, **options)
+        finally:
+            loaded.set()
+
+    loaded.set()
+    llm._runner.submit, live_weights.load_prepared = slow_submit, load_alone
     try:
         yield
     finally:
-        llm._runner.submit = submit
+        llm._runner.submit, live_weights.load_prepared = submit, load
 
 
 class Traffic:
