@@ -27,8 +27,9 @@ ASKED = [
 ]  # fmt: skip
 
 
-def make_llm(family, data=1, tensor=1, **options):
-    sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor, "fuse_weights": True}
+def make_llm(family, data=1, tensor=1, expert=1, **options):
+    sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor, "expert_parallel_size": expert,
+             "fuse_weights": True}  # fmt: skip
     return LLM(params(family), config=CONFIGS[family], **(SMALL | sizes | options))
 
 
@@ -76,47 +77,49 @@ def alone(family, count):
 
 
 @pytest.mark.parametrize(
-    ("family", "data", "tensor"),
+    ("family", "data", "tensor", "expert"),
     [
-        ("qwen3", 2, 2),
+        ("qwen3", 2, 2, 1),
         *(pytest.param(*case, marks=full) for case in [
-            ("qwen3", 2, 1), ("qwen3", 4, 2), ("qwen3", 2, 4), ("qwen3", 8, 1), ("mistral", 2, 2), ("gpt2", 4, 2),
-            ("qwen2", 2, 4), ("llama", 4, 1),
+            ("qwen3", 2, 1, 1), ("qwen3", 4, 2, 1), ("qwen3", 2, 4, 1), ("qwen3", 8, 1, 1), ("mistral", 2, 2, 1),
+            ("gpt2", 4, 2, 1), ("qwen2", 2, 4, 1), ("llama", 4, 1, 1), ("qwen3_moe", 2, 1, 1), ("qwen3_moe", 2, 2, 2),
         ]),
     ],
 )  # fmt: skip
-def test_the_same_answers_as_one_device(family, data, tensor):
+def test_the_same_answers_as_one_device(family, data, tensor, expert):
     count = 6 * data
     want, want_logprobs = alone(family, count)
-    with make_llm(family, data, tensor) as llm:
+    with make_llm(family, data, tensor, expert) as llm:
         tokens, logprobs = answers(llm, count)
         assert tokens == want
         np.testing.assert_allclose(logprobs, want_logprobs, atol=1e-4)
-        check_places(llm, data, tensor)
-        check_groups(llm, data, tensor)
-        if tensor > 1:
+        check_places(llm, create_mesh(tensor, data, expert=expert))
+        check_groups(llm, data, tensor, expert)
+        if tensor * expert > 1:
             check_collectives(llm)
 
 
-def check_places(llm, data, tensor):
+def check_places(llm, mesh):
     """Pages, slots and hidden states lie on their shard, weights on all, after steps too."""
-    runner = llm._runner
+    runner, data = llm._runner, mesh.shape["data"]
     for array in jax.tree.leaves((runner._cache, runner._slots, runner._rules)):
         axis = 1 if array is runner._slots.tables else 0
         assert array.addressable_shards[0].data.shape[axis] * data == array.shape[axis]
     for leaf, spec in zip(runner.weights.leaves, runner.weights.specs, strict=True):
-        assert leaf.sharding.is_equivalent_to(NamedSharding(create_mesh(tensor, data), spec), leaf.ndim)
-        assert leaf.addressable_shards[0].data.nbytes * (tensor if any(spec) else 1) == leaf.nbytes
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+        assert leaf.addressable_shards[0].data.nbytes * (mesh.size // data if any(spec) else 1) == leaf.nbytes
 
 
-def check_groups(llm, data, tensor):
+def check_groups(llm, data, tensor, expert=1):
     """No collective crosses the data axis, but where all shards compute what one was asked for."""
     programs = [program for key, program in llm._runner._programs.items() if key[0] != "prompt_vocab"]
     lines = [line for program in programs for line in program.as_text().splitlines()]
     found = [re.search(r"replica_groups=(mesh\S+ \{.*?\})", line) for line in lines if COLLECTIVE.search(line)]
     groups = {match and match[1] for match in found}
     assert groups == (
-        {f"mesh['data'={data},'expert'=1,'tensor'={tensor}] {{'expert','tensor'}}"} if tensor > 1 else set()
+        {f"mesh['data'={data},'expert'={expert},'tensor'={tensor}] {{'expert','tensor'}}"}
+        if tensor * expert > 1
+        else set()
     )
 
 
