@@ -113,7 +113,8 @@ class LLM(TextMethods):
         self._runner, self._weights = parts.runner, parts.weights
         self._loop = parts.loop
         self._finalizer = weakref.finalize(self, self._loop.close)  # also when the interpreter ends
-        if isinstance(parts.runner, Leader):  # jax waits for the other processes in its own hook, which must come later
+        # The others are told why; and jax waits for them in its own hook, which must come later.
+        if isinstance(parts.runner, Leader) or isinstance(parts.loop, Follower):
             atexit.register(_close_at_exit, self._loop)
 
     # -- text

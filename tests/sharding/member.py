@@ -123,7 +123,10 @@ def main(rank, count, address, task, model, other, sizes):
     if int(rank) == 1:  # it has less memory than process 0
         plan = assembly.plan_pages
         assembly.plan_pages = lambda *arguments: tuple(count - 7 for count in plan(*arguments))
-    with LLM(model, **options) as llm:
+    llm = LLM(model, **options)
+    if task == "a follower leaves":  # without closing anything
+        lead(llm, "forever", model, other) if int(rank) == 0 else print(1 / 0)
+    with llm:
         if jax.process_index():
             follow(llm, task)
         else:

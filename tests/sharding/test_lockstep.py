@@ -172,13 +172,20 @@ def test_everything_on_each_mesh(kind, sizes, tmp_path):
             "process 0 of 2 ended: KeyError: 'a bug of the leader'",
         ),
         ("bug of a follower", "process 1 of 2 failed: IndexError: a bug of a follower", "IndexError: a bug of a foll"),
+        (
+            "a follower leaves",
+            "process 1 of 2 failed: ZeroDivisionError: division by zero",
+            "ZeroDivisionError: division by zero",
+        ),
         ("another config", *["page_size is 8 in process 0, 16 in 1"] * 2),
     ],
 )
 def test_errors_end_all(task, leader, follower, tmp_path):
     with members(2, task, tmp_path) as job:
+        started = time.monotonic()
         for (status, errors), wanted in zip(job.ends(PATIENCE), (leader, follower), strict=True):
             assert status != 0 and wanted in errors
+        assert time.monotonic() - started < PATIENCE / 4, "nobody waits for jax's heartbeat"
 
 
 @full
