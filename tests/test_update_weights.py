@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache, partial
 
 import jax
@@ -31,6 +31,7 @@ from jaxengine.engine.updates import PendingUpdate
 from jaxengine.sharding import create_mesh
 from jaxengine.weights import in_memory, load_params, open_checkpoint
 from tests.models.harness import PagedModel
+from tests.slow_steps import slowed
 from tests.tiny_llm import CONFIGS, MAX_LENGTH, OPTIONS, check_integrity, model_folder, tensors, write_model
 
 CONFIG = open_checkpoint(model_folder()).config
@@ -101,34 +102,6 @@ def fresh(shared, **options):
     llm = engine(**options)
     llm._runner._programs = shared._runner._programs
     return llm
-
-
-@contextmanager
-def slowed(llm, seconds=0.005):
-    """Steps that take so long that a request of many tokens is still in flight when the test comes to it.
-
-    They wait while weights are loaded, which a busy machine may take any time for.
-    """
-    submit, load, loaded = llm._runner.submit, live_weights.load_prepared, threading.Event()
-
-    def slow_submit(inputs):
-        time.sleep(seconds)
-        loaded.wait()
-        return submit(inputs)
-
-    def load_alone(*arguments, **options):
-        loaded.clear()
-        try:
-            return load(*arguments, **options)
-        finally:
-            loaded.set()
-
-    loaded.set()
-    llm._runner.submit, live_weights.load_prepared = slow_submit, load_alone
-    try:
-        yield
-    finally:
-        llm._runner.submit, live_weights.load_prepared = submit, load
 
 
 class Traffic:

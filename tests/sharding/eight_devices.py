@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxengine import LLM, ConfigError, SamplingParams
+from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
 from jaxengine.errors import WeightsDeletedError
+from jaxengine.handoff.rollout import Rollout
 from jaxengine.kv_cache import AXES
 from jaxengine.models import param_specs
 from jaxengine.sharding import LAYER, create_mesh, gather, named_sharding, on_each_device
@@ -197,6 +198,8 @@ def test_a_mesh_of_ones_own():
     with LLM(model_folder(), mesh=Mesh(np.array(devices)[None], ("replica", "tensor")), **SMALL) as llm:
         [output] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 2
+        with pytest.raises(UnsupportedError, match=r"tensor_parallel_size=2, .*: score with get_per_token_logps"):
+            Rollout(llm).model()
         assert llm._runner._cache.k[0].sharding.device_set == set(devices)
 
 

@@ -125,7 +125,7 @@ def main(rank, count, address, task, model, other, sizes):
         assembly.plan_pages = lambda *arguments: tuple(count - 7 for count in plan(*arguments))
     llm = LLM(model, **options)
     if task == "a follower leaves":  # without closing anything
-        lead(llm, "forever", model, other) if int(rank) == 0 else print(1 / 0)
+        lead(llm, "forever", model, other) if int(rank) == 0 else divmod(1, 0)
     with llm:
         if jax.process_index():
             follow(llm, task)
