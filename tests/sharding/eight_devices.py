@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from converters.gguf_reader import GgufFile
 from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
 from jaxengine.errors import WeightsDeletedError
 from jaxengine.handoff.rollout import Rollout
@@ -17,7 +18,7 @@ from jaxengine.models import param_specs
 from jaxengine.sharding import LAYER, create_mesh, gather, named_sharding, on_each_device
 from jaxengine.weights import load_params, open_checkpoint
 from jaxengine.weights.checkpoint import read_config
-from tests.references import tiny
+from tests.references import gguf_files, tiny
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, restrict
 
 VOCAB, HEADS = 601, 8  # no number of devices divides the vocabulary
@@ -213,6 +214,19 @@ def test_a_vocabulary_that_needs_padding_is_loaded_in_shares(several_processes, 
         assert [shard.data.shape[axis] for shard in found[path].addressable_shards] == [86] * 7
         np.testing.assert_array_equal(np.take(found[path], range(600), axis), whole[path])
         assert not np.take(found[path], [600, 601], axis).any()
+
+
+def test_of_several_processes_each_decodes_a_gguf_tensor_once(tmp_path, monkeypatch):
+    gguf_files.write_gguf(tmp_path / "model.gguf", "qwen2")
+    checkpoint, read = open_checkpoint(tmp_path / "model.gguf"), []
+    whole = load_params(checkpoint, "float32", create_mesh())
+    monkeypatch.setattr(Mesh, "is_multi_process", True)
+    monkeypatch.setattr(GgufFile, "read", lambda *file, read_one=GgufFile.read: read.append(file) or read_one(*file))
+    found = load_params(checkpoint, "float32", create_mesh(2))
+    assert len(found["layers.0.self_attn.q_proj.kernel"].addressable_shards) == 2
+    assert len(read) == len(set(read)) > 0
+    for path, array in whole.items():
+        np.testing.assert_array_equal(found[path], array)
 
 
 @full
