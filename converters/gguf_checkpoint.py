@@ -211,17 +211,14 @@ class GgufCheckpoint:
         self._file.check_tensors()
         return {name: (self._file.tensors[source].shape, "float32") for name, source in self._sources.items()}
 
-    def read(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """One tensor as HuggingFace lays it out, float32, or a part; KeyError for a name that is not in `names()`.
-
-        All of it is decoded, whatever the part.
-        """
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as HuggingFace lays it out, float32; KeyError for a name that is not in `names()`."""
         source = self._sources[name]
         array = self._file.read(source)
         if self._arch == "llama" and re.search(r"\.attn_[qk]\.", source):
             heads = "num_attention_heads" if ".attn_q." in source else "num_key_value_heads"
             array = _halves(array, self.hf_config[heads])
-        return array[part]
+        return array
 
 
 def _hf_name(name: str) -> str:

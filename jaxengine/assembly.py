@@ -26,7 +26,7 @@ from jaxengine.memory import Sizes, compiling_bytes, plan_pages, temporary_bytes
 from jaxengine.models import one_share
 from jaxengine.processes import Processes, check_mesh, connect
 from jaxengine.progress import counting_bar
-from jaxengine.sharding import DATA, LAYER, STAGE, as_created, axis_size, create_mesh
+from jaxengine.sharding import DATA, EXPERT, LAYER, STAGE, TENSOR, as_created, axis_size, create_mesh
 from jaxengine.text import TextSink
 from jaxengine.tokenizer import Tokenizer
 from jaxengine.weights import Checkpoint, checkpoint_in_memory, open_checkpoint
@@ -84,6 +84,8 @@ def assemble(*, config: EngineConfig, **given: Any) -> Parts:
     else:
         mesh = as_created(config.mesh)
     check_mesh(mesh)
+    sizes = {f"{axis}_parallel_size": mesh.shape[axis] for axis in (DATA, EXPERT, TENSOR)}
+    config = replace(config, **sizes, pipeline_parallel_size=mesh.shape[STAGE])  # also where a user's mesh says them
     processes = connect() if mesh.is_multi_process else None
     try:
         return _assemble(mesh, processes, config=config, **given)

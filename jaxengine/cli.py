@@ -141,7 +141,8 @@ def open_llm(engine: Given, processes: Given) -> Iterator[Any]:
     joins = processes and processes.get("distributed", True)
     rank = initialize(**{name: value for name, value in processes.items() if name != "distributed"}) if joins else 0
     if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all at once: the first one decides
+        for sent in (signal.SIGINT, signal.SIGTERM):  # to all at once: the first one decides
+            signal.signal(sent, signal.SIG_IGN)
     with LLM(**llm_arguments(engine)) as llm:
         if rank:
             llm.follow()
@@ -261,7 +262,7 @@ def run_batch(
     retry_errors: Annotated[bool, typer.Option(help="Run the lines again that have an error.")] = False,
     max_in_flight: Annotated[
         int | None,
-        typer.Option(help="Requests (of replicas: lines) in an engine at a time; else twice max_num_seqs.", min=1),
+        typer.Option(help="Requests (of replicas: lines) in an engine at a time; else twice its shards' rows.", min=1),
     ] = None,
     replicas: Annotated[
         int | None, typer.Option(help="Engines, each on a GPU (or CPU) of a Ray cluster; else one, without Ray.", min=1)
@@ -276,7 +277,7 @@ def run_batch(
     from jaxengine.evaluate.replicas import run_batch_replicas
 
     if replicas is not None and processes:
-        raise ConfigError(f"{replicas=} are engines of one device each, that share no mesh with {processes}")
+        raise ConfigError(f"{replicas=} are engines of one process each, which share no mesh: leave out {processes}")
     stop = Stop()
     with ExitStack() as stack:
         if replicas is None:

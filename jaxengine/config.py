@@ -174,12 +174,11 @@ class EngineConfig:
     compilation_cache: bool | str | Path = True  # False: none; a path: there; True: jax's setting or a default folder
     enforce_eager: bool = False  # compile each program when it is first needed; contradicts warmup=True
     warmup: bool = False  # compile every program before the first request
-    # Each layer is split over tensor_parallel_size x expert_parallel_size devices, the first ones there are. Experts
-    # are whole on one of expert_parallel_size groups, and split over the devices of that group.
-    tensor_parallel_size: int = 1
-    expert_parallel_size: int = 1
-    pipeline_parallel_size: int = 1  # stages, each with as many of the layers on as many devices
-    data_parallel_size: int = 1  # shards among which requests are divided, each with as many devices
+    # All four together: the first devices that there are.
+    tensor_parallel_size: int = 1  # devices over which each layer is split
+    expert_parallel_size: int = 1  # groups of so many devices, each with whole experts; all else is split over all
+    pipeline_parallel_size: int = 1  # stages of so many devices, each with as many of the layers
+    data_parallel_size: int = 1  # shards among which requests are divided, each with all these devices
     mesh: Mesh | None = None  # the same with devices of one's own choice: its axes data, stage, expert and tensor
 
     def __post_init__(self):

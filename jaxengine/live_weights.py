@@ -1,6 +1,7 @@
 """Other weights for an engine that runs: checked, then staged beside the old ones or loaded in their place."""
 
 import os
+import pickle
 import threading
 from collections.abc import Mapping
 from dataclasses import fields
@@ -121,6 +122,8 @@ class LiveWeights:
                 f"weights of type {type(source).__name__} for an engine of several processes: write them as a "
                 "checkpoint, in a folder that every process can read, and give its path"
             )
+        if isinstance(self._runner, Leader):
+            _check_sendable(mapping)
         checkpoint = self._open(source, mapping)
         if isinstance(self._runner, Leader):
             return partial(self._runner.everywhere, "load", source, mapping, in_place)
@@ -166,6 +169,15 @@ class LiveWeights:
                 ) from error
 
         return install
+
+
+def _check_sendable(mapping: Mapping[str, ParamRule] | None) -> None:
+    try:
+        pickle.dumps(mapping)
+    except Exception as error:  # pickle raises many kinds
+        raise UnsupportedError(
+            f"param_mapping= cannot be sent to the other processes ({error}): its hooks must be functions of a module"
+        ) from error
 
 
 def _check_version(version: int | None) -> None:

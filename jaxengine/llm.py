@@ -27,7 +27,7 @@ from jaxengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "stdlib-5m"
-LAZY_REQUESTS = 2  # of an iterable of prompts, requests in the engine at a time, in units of max_num_seqs
+LAZY_REQUESTS = 2  # of an iterable of prompts, requests in the engine at a time, in units of all shards' max_num_seqs
 
 
 class LLM(TextMethods):
@@ -113,7 +113,8 @@ class LLM(TextMethods):
         self._runner, self._weights = parts.runner, parts.weights
         self._loop = parts.loop
         self._finalizer = weakref.finalize(self, self._loop.close)  # also when the interpreter ends
-        if isinstance(parts.runner, Leader):  # jax waits for the other processes in its own hook, which must come later
+        # The others are told why; and jax waits for them in its own hook, which must come later.
+        if isinstance(parts.runner, Leader) or isinstance(parts.loop, Follower):
             atexit.register(_close_at_exit, self._loop)
 
     # -- text
@@ -336,7 +337,7 @@ class LLM(TextMethods):
     def _updates(self, requests: Iterator[Any], total: int | None, every_step: bool) -> Generator[Any]:
         """Outputs of all requests as they come. Ends them when it is closed, or when the caller is interrupted."""
         inbox: queue.SimpleQueue = queue.SimpleQueue()
-        limit = LAZY_REQUESTS * self._runner.buckets.max_num_seqs if total is None else total
+        limit = LAZY_REQUESTS * self._runner.shards * self._runner.buckets.max_num_seqs if total is None else total
         active: set[str] = set()
         try:
             while True:

@@ -62,7 +62,7 @@ class Processes:
     def __init__(self, rank: int, count: int, connections: Mapping[int, Connection]):
         self.rank, self.count, self._connections = rank, count, dict(connections)
         self._inboxes: dict[int, queue.SimpleQueue] = {peer: queue.SimpleQueue() for peer in connections}
-        self._sending, self._ended = threading.Lock(), threading.Event()
+        self._sending, self._ended, self._failed = threading.Lock(), threading.Event(), threading.Event()
         self._watchers = [
             threading.Thread(target=self._watch, args=item, name=f"{WATCHER}{item[0]}", daemon=True)
             for item in connections.items()
@@ -110,7 +110,7 @@ class Processes:
     # -- ends
 
     def end(self) -> None:
-        """What comes now is no failure: returns when every other process has said the same."""
+        """Returns when every other process has said the same; one that fails instead ends this one too."""
         if not self._ended.is_set():
             self._ended.set()
             self._send("end", None)
@@ -120,6 +120,7 @@ class Processes:
     def fail(self, reason: str) -> None:
         """Ends the other processes, with what went wrong in this one."""
         if not self._ended.is_set():
+            self._failed.set()
             self._ended.set()
             self._send("failure", f"process {self.rank} of {self.count} failed: {reason}")
 
@@ -161,7 +162,9 @@ class Processes:
                 "failure",
                 f"process {peer} of {self.count} is gone: {str(error) or 'its connection was closed'}",
             )
-        if kind == "failure" and not self._ended.is_set():
+        except Exception as error:  # of unpickling, which may need what this process has not
+            kind, content = "failure", f"what process {peer} sent cannot be read: {type(error).__name__}: {error}"
+        if kind == "failure" and not self._failed.is_set():
             self._exit(content)
 
 

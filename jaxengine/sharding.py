@@ -164,9 +164,9 @@ def share_ids(size: int, axis: Axis | None, dtype=jnp.int32) -> jax.Array:
     return ids if axis is None else ids + jax.lax.axis_index(axis).astype(dtype) * size
 
 
-def gather(x: jax.Array, axis: Axis | None) -> jax.Array:
-    """The whole of an array whose last dimension is split over `axis`."""
-    return x if axis is None else jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
+def gather(x: jax.Array, axis: Axis | None, dimension: int = -1) -> jax.Array:
+    """The whole of an array of which a dimension is split over `axis`."""
+    return x if axis is None else jax.lax.all_gather(x, axis, axis=dimension % x.ndim, tiled=True)
 
 
 def total(x: jax.Array, axis: Axis | None) -> jax.Array:

@@ -8,10 +8,13 @@ from multiprocessing.connection import Client, Listener
 import jax
 import pytest
 
-from jaxengine.errors import ConfigError, EngineError
+from jaxengine.config import ParamRule
+from jaxengine.engine.lockstep import Leader
+from jaxengine.errors import ConfigError, EngineError, UnsupportedError
+from jaxengine.live_weights import LiveWeights
 from jaxengine.processes import Processes, check_mesh, initialize
 from jaxengine.sharding import create_mesh
-from tests.tiny_llm import shared_llm
+from tests.tiny_llm import model_folder, shared_llm
 
 
 class Ended(Processes):
@@ -65,6 +68,25 @@ def test_a_difference_is_refused_everywhere_with_both_values(three):
     assert [process.reason for process in three] == [None] * 3
 
 
+class Unreadable:
+    def __reduce__(self):
+        return int, ("what another process cannot make",)
+
+
+def test_what_cannot_be_read_ends_all(three):
+    three[0].send(Unreadable())
+    assert all(process.ends.wait(10) for process in three[1:])
+    assert three[1].reason.startswith("what process 0 sent cannot be read: ValueError: invalid literal")
+
+
+def test_who_dies_while_the_others_end_ends_them_at_once(three):
+    with ThreadPoolExecutor() as pool:
+        ending = [pool.submit(process.end) for process in three[:2]]
+        three[2].fail("its last step failed")
+        assert [end.exception() for end in ending] == [None] * 2
+    assert three[0].reason == "process 2 of 3 failed: its last step failed"
+
+
 def test_content_comes_in_order_and_once_to_each(three):
     for number in range(100):
         three[0].send(("submit", number))
@@ -92,6 +114,14 @@ def test_a_mesh_is_of_all_processes_or_of_one(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"1 devices of processes \[0\], in process 1 of 2: .* those of one process"):
         check_mesh(create_mesh())
+
+
+def test_a_hook_that_cannot_be_sent_is_refused_before_anything_is_touched():
+    llm = shared_llm()
+    weights = LiveWeights(llm.config, llm.model_config, create_mesh(), None, Leader(llm._runner, None))
+    mapping = {"(.*)": ParamRule(r"\1", hook=lambda x: x)}
+    with pytest.raises(UnsupportedError, match="hooks must be functions of a module"):
+        weights.update(llm._loop, model_folder(), None, "wait", True, mapping)
 
 
 def test_there_is_nobody_to_follow():

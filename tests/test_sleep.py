@@ -17,7 +17,8 @@ from jaxengine import (
     MemoryPlanError,
 )
 from jaxengine.engine import runner
-from tests.test_update_weights import CONFIGS, PROMPT, SMALL, check_spans, engine, live_bytes, sampling, slowed, weights
+from tests.slow_steps import slowed
+from tests.test_update_weights import CONFIGS, PROMPT, SMALL, check_spans, engine, live_bytes, sampling, weights
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache, partial
 
 import jax
@@ -31,6 +31,7 @@ from jaxengine.engine.updates import PendingUpdate
 from jaxengine.sharding import create_mesh
 from jaxengine.weights import in_memory, load_params, open_checkpoint
 from tests.models.harness import PagedModel
+from tests.slow_steps import slowed
 from tests.tiny_llm import CONFIGS, MAX_LENGTH, OPTIONS, check_integrity, model_folder, tensors, write_model
 
 CONFIG = open_checkpoint(model_folder()).config
@@ -101,17 +102,6 @@ def fresh(shared, **options):
     llm = engine(**options)
     llm._runner._programs = shared._runner._programs
     return llm
-
-
-@contextmanager
-def slowed(llm, seconds=0.005):
-    """Steps that take so long that a request of many tokens is still in flight when the test comes to it."""
-    submit = llm._runner.submit
-    llm._runner.submit = lambda inputs: (time.sleep(seconds), submit(inputs))[1]
-    try:
-        yield
-    finally:
-        llm._runner.submit = submit
 
 
 class Traffic:

@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.batch import Buckets
+from jaxengine.engine.compilations import CompilationCounter
 from jaxengine.engine.device_slots import (
     LogitRules,
     Slots,
@@ -38,7 +38,7 @@ from jaxengine.sampling import (
     prompt_vocab_logprobs,
     sample,
 )
-from jaxengine.sharding import DATA, STAGE, named_sharding, on_each_device
+from jaxengine.sharding import DATA, STAGE, gather, named_sharding, on_each_device
 from jaxengine.step import (
     MODES,
     SLOT_FLOATS,
@@ -105,6 +105,7 @@ class Runner:
         self.layer_group = tuple(of_layer[i] for i in range(len(of_layer)))
         self.weights = DeviceWeights(model, params, max_model_len, mesh, borrowed)
         self.vocab_size, self.shards, self.stages = model.vocab_size, mesh.shape[DATA], mesh.shape[STAGE]
+        self._gathers = self.shards > 1 and mesh.is_multi_process  # else a process could not read all shards' results
         self._programs: dict[tuple, Any] = {}
         self._compiling: dict[tuple, Future] = {}
         self._compiler = ThreadPoolExecutor(COMPILERS, thread_name_prefix="jaxengine-compile")
@@ -205,14 +206,12 @@ class Runner:
 
     def _vocab_logprobs(self, hidden: jax.Array, start: int, end: int) -> np.ndarray:
         tokens = hidden.shape[0] // self.shards
-        chunk, (shard, start) = min(self.prompt_chunk, tokens), divmod(start, tokens)
-        end -= shard * tokens
+        chunk, of_shard = min(self.prompt_chunk, tokens), start // tokens * tokens
         parts = []
         for first in range(start, end, chunk):
-            first_row = min(first, tokens - chunk)
+            first_row = min(first, of_shard + tokens - chunk)
             part = self._run("prompt_vocab", (tokens,), self.weights.leaves, hidden, np.int32(first_row))
-            rows = np.asarray(part)[shard * chunk :]  # other shards computed the same places, for nobody
-            parts.append(rows[first - first_row : min(end, first + chunk) - first_row])
+            parts.append(np.asarray(part)[first - first_row : min(end, first + chunk) - first_row])
         return np.concatenate(parts)
 
     def _own_slots(self, slot: int) -> np.ndarray:
@@ -275,17 +274,18 @@ class Runner:
     def _lower(self, name: str, key: tuple) -> Any:
         leaves, cache, whole = self.weights.specs, named_sharding(self.mesh, AXES), named_sharding(self.mesh)
         rows, tables = named_sharding(self.mesh, ("rows",)), named_sharding(self.mesh, (None, "rows"))
+        told = whole if self._gathers else rows
         # Which arguments are donated; where all of them lie, and the results: pinned, one that drifts would compile the
         # next step again.
         programs: dict[str, tuple[Callable, tuple[int, ...], tuple, Any]] = {
             "decode": (
-                self._decode, (1, 2, 3), (leaves, cache, rows, tables, rows, rows, rows), (cache, rows, tables, rows)
+                self._decode, (1, 2, 3), (leaves, cache, rows, tables, rows, rows, rows), (cache, rows, tables, told)
             ),
             "mixed": (self._mixed, (1, 3), (leaves, cache, rows, tables, rows), (cache, tables, rows, rows)),
-            "head": (self._head, (2, 6), (leaves, rows, rows, tables, rows, rows, rows, rows), rows),
-            "prompt": (self._prompt, (), (leaves, rows, tables, whole), rows),
-            "prompt_vocab": (self._prompt_vocab, (), (leaves, rows, whole), rows),
-            "pool": (self._pool, (), (leaves, rows, rows), rows),
+            "head": (self._head, (2, 6), (leaves, rows, rows, tables, rows, rows, rows, rows), (rows, rows, told)),
+            "prompt": (self._prompt, (), (leaves, rows, tables, whole), told),
+            "prompt_vocab": (self._prompt_vocab, (), (leaves, rows, whole), whole),
+            "pool": (self._pool, (), (leaves, rows, rows), told),
             "write_slots": (
                 write_slots, (0, 1, 2), (tables, rows, rows, rows, tables, rows, rows), (tables, rows, rows)
             ),
@@ -343,7 +343,7 @@ class Runner:
             least = self.buckets.rows[0]
             cache, drawn = pipeline.decode(model, inputs, draw, rows, tokens, cache, bucket.steps, least)
             last = drawn[-1]
-        return cache, last_token.at[slots].set(last), tables, drawn.T
+        return cache, last_token.at[slots].set(last), tables, self._told(drawn.T)
 
     def _mixed(self, bucket, leaves, cache, last_token, tables, packed):
         """Rows of one token and chunks of prompts in one flat batch; the head comes in a program of its own."""
@@ -383,24 +383,32 @@ class Runner:
         drawn = drawn._replace(tokens=self._known(drawn.tokens))
         last_token = last_token.at[slots].set(drawn.tokens)
         if mode != "everything":
-            return last_token, (), {"tokens": drawn.tokens}
+            return last_token, (), self._told({"tokens": drawn.tokens})
         rules = rules._replace(counts=count_tokens(rules.counts, slots, drawn.tokens))
-        return last_token, rules, drawn._asdict()
+        return last_token, rules, self._told(drawn._asdict())
 
     def _known(self, tokens):
         """Of several devices padding may be drawn where all logits are NaN."""
         return tokens if self.weights.axis is None else jnp.minimum(tokens, self.vocab_size - 1)
 
+    def _told(self, results):
+        """Results for the host, which has those of all shards in any case."""
+        return jax.tree.map(partial(gather, axis=DATA, dimension=0), results) if self._gathers else results
+
     def _prompt(self, tokens, leaves, hidden, asked, any_best):
         head, most = self.weights.module(leaves).head, self.config.max_logprobs
-        return prompt_logprobs(hidden, head, asked[0], asked[1], most, min(self.prompt_chunk, tokens), any_best)
+        chunk = min(self.prompt_chunk, tokens)
+        return self._told(prompt_logprobs(hidden, head, asked[0], asked[1], most, chunk, any_best))
 
     def _prompt_vocab(self, tokens, leaves, hidden, first):
-        chunk = jax.lax.dynamic_slice_in_dim(hidden, first, min(self.prompt_chunk, tokens))
+        """`first` is counted through all shards; each computes what one of them was asked for."""
+        chunk = jax.lax.dynamic_slice_in_dim(hidden, first % tokens, min(self.prompt_chunk, tokens))
+        if self.shards > 1:
+            chunk = jax.lax.all_gather(chunk, DATA)[first // tokens]
         return prompt_vocab_logprobs(chunk, self.weights.module(leaves).head)
 
     def _pool(self, bucket, leaves, hidden, rows):
-        return pooled_sums(self.weights.module(leaves).norm(hidden), rows, bucket.rows)
+        return self._told(pooled_sums(self.weights.module(leaves).norm(hidden), rows, bucket.rows))
 
     # -- warm-up
 
@@ -475,25 +483,3 @@ class Runner:
                 return rules, ints(3), np.zeros(self.max_model_len + 1, np.int32), mask, ids, values
             case _:
                 return rules.mask, ints(1), mask
-
-
-class CompilationCounter:
-    """Counts the compilations of the whole process; `after_warmup` is what should stay zero."""
-
-    def __init__(self):
-        self.total, self._warm = 0, None
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
-        self.total += event == "/jax/core/compile/backend_compile_duration"
-
-    def close(self) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._on_event)
-
-    def mark_warm(self) -> None:
-        self._warm = self.total
-
-    @property
-    def after_warmup(self) -> int | None:
-        """None before the first warm-up."""
-        return None if self._warm is None else self.total - self._warm

@@ -60,7 +60,7 @@ class Answering:
         self.llm = llm
         self.server = Server(llm, served_names or [given.name, str(given)], dict(defaults))
         self.made_by = manifest(self.server, served_names)
-        self.ahead: int = 2 * llm.config.max_num_seqs
+        self.ahead: int = 2 * llm.config.data_parallel_size * llm.config.max_num_seqs
 
     def start(self, line: Line, tell: Callable[[Started, RequestOutput], None]) -> Started | Answer:
         """Hands a line's requests to the engine; `tell` gets the end of each, in the engine's thread.

@@ -52,8 +52,8 @@ def run_batch(
     parameters: a run with others is refused. A function instead takes each record, and nothing is remembered.
     defaults: sampling fields for where a body says nothing. served_model_name: what a body's `model` may be; None: the
     model as it was given to LLM, or its last part. max_in_flight: requests in the engine at a time; None: twice
-    max_num_seqs. stop: `stop.set()`, from any thread or signal handler, ends the run: what is not finished then is left
-    for the next one.
+    the max_num_seqs of all shards. stop: `stop.set()`, from any thread or signal handler, ends the run: what is not
+    finished then is left for the next one.
 
     Raises ConfigError for bad options or a file of another run, OSError when the disk is full, EngineError when the
     engine cannot go on. What was written before stays, and the same call goes on from there.

@@ -137,8 +137,17 @@ class Rollout:
         return self.llm.model_config.eos_token_ids[0]
 
     def model(self) -> nnx.Module:
-        """The module that steps run, over the parameters of now: an update does not change it."""
+        """The module that steps run, over the parameters of now: an update does not change it.
+
+        Raises UnsupportedError where layers are split over devices: each then has a module of its own share.
+        """
         weights = self.llm._runner.weights
+        if weights.axis is not None:
+            raise UnsupportedError(
+                f"the module of a model whose layers are split (tensor_parallel_size="
+                f"{self.llm.config.tensor_parallel_size}, expert_parallel_size="
+                f"{self.llm.config.expert_parallel_size}): score with get_per_token_logps, or the trainer's own module"
+            )
         return weights.module(weights.leaves)
 
 

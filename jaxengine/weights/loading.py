@@ -136,12 +136,13 @@ def _read_own(
     checkpoint: Checkpoint, names: Sequence[str], target: Target, specs: Mapping[str, ParamSpec], dtype: str,
     mesh: jax.sharding.Mesh,
 ) -> list[jax.Array]:  # fmt: skip
-    """The same of several processes, each of which reads what its devices hold and no more."""
+    """The same of several processes, each of which reads what its devices hold and no more; of GGUF all, once."""
+    read_tensor = _cut(checkpoint.reader.read) if checkpoint.format == "gguf" else checkpoint.reader.read
     placed, start = [], 0
     for path in target.paths:
         spec = specs[path]
         stored = _stored(spec) if target.transposed else spec
-        part = partial(_read_part, checkpoint, dtype, start)
+        part = partial(_read_part, read_tensor, dtype, start)
         stacked = target.index is not None
         read = partial(_stack_parts, part, names) if stacked else partial(part, names[0])
         held = cache(partial(read, stored.shape))  # devices may hold the same
@@ -149,6 +150,12 @@ def _read_own(
         placed.append(_transposed(spec.sharding(mesh))(arrived) if target.transposed else arrived)
         start += stored.shape[-1]
     return placed
+
+
+def _cut(read: Callable[[str], np.ndarray]) -> Callable[[str, tuple[slice, ...]], np.ndarray]:
+    """Reads parts of what can be read as a whole only."""
+    whole = cache(read)
+    return lambda name, part: whole(name)[part]
 
 
 def _stack_parts(
@@ -159,12 +166,13 @@ def _stack_parts(
 
 
 def _read_part(
-    checkpoint: Checkpoint, dtype: str, start: int, name: str, shape: tuple[int, ...], index: tuple[slice, ...]
-) -> np.ndarray:
+    read: Callable[[str, tuple[slice, ...]], np.ndarray], dtype: str, start: int, name: str, shape: tuple[int, ...],
+    index: tuple[slice, ...],
+) -> np.ndarray:  # fmt: skip
     """`index` of an array of this shape that begins at `start` of the tensor's last dimension."""
     *others, last = (slice(*each.indices(length)) for each, length in zip(index, shape))
     part = *others, slice(last.start + start, last.stop + start)
-    array = checkpoint.reader.read(name, part).astype(jax.numpy.dtype(dtype), copy=False)
+    array = read(name, part).astype(jax.numpy.dtype(dtype), copy=False)
     return _pad(array, tuple(each.stop - each.start for each in part))
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 
 from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
+from jaxengine.evaluate.answering import Answering
 from jaxengine.sharding import create_mesh
 from jaxengine.step import unpack
 from tests.sharding.eight_devices import COLLECTIVE, CONFIGS, SMALL, VOCAB, check_collectives, params
@@ -26,8 +27,9 @@ ASKED = [
 ]  # fmt: skip
 
 
-def make_llm(family, data=1, tensor=1, **options):
-    sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor, "fuse_weights": True}
+def make_llm(family, data=1, tensor=1, expert=1, **options):
+    sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor, "expert_parallel_size": expert,
+             "fuse_weights": True}  # fmt: skip
     return LLM(params(family), config=CONFIGS[family], **(SMALL | sizes | options))
 
 
@@ -75,46 +77,49 @@ def alone(family, count):
 
 
 @pytest.mark.parametrize(
-    ("family", "data", "tensor"),
+    ("family", "data", "tensor", "expert"),
     [
-        ("qwen3", 2, 2),
+        ("qwen3", 2, 2, 1),
         *(pytest.param(*case, marks=full) for case in [
-            ("qwen3", 2, 1), ("qwen3", 4, 2), ("qwen3", 2, 4), ("qwen3", 8, 1), ("mistral", 2, 2), ("gpt2", 4, 2),
-            ("qwen2", 2, 4), ("llama", 4, 1),
+            ("qwen3", 2, 1, 1), ("qwen3", 4, 2, 1), ("qwen3", 2, 4, 1), ("qwen3", 8, 1, 1), ("mistral", 2, 2, 1),
+            ("gpt2", 4, 2, 1), ("qwen2", 2, 4, 1), ("llama", 4, 1, 1), ("qwen3_moe", 2, 1, 1), ("qwen3_moe", 2, 2, 2),
         ]),
     ],
 )  # fmt: skip
-def test_the_same_answers_as_one_device(family, data, tensor):
+def test_the_same_answers_as_one_device(family, data, tensor, expert):
     count = 6 * data
     want, want_logprobs = alone(family, count)
-    with make_llm(family, data, tensor) as llm:
+    with make_llm(family, data, tensor, expert) as llm:
         tokens, logprobs = answers(llm, count)
         assert tokens == want
         np.testing.assert_allclose(logprobs, want_logprobs, atol=1e-4)
-        check_places(llm, data, tensor)
-        check_groups(llm, data, tensor)
-        if tensor > 1:
+        check_places(llm, create_mesh(tensor, data, expert=expert))
+        check_groups(llm, data, tensor, expert)
+        if tensor * expert > 1:
             check_collectives(llm)
 
 
-def check_places(llm, data, tensor):
+def check_places(llm, mesh):
     """Pages, slots and hidden states lie on their shard, weights on all, after steps too."""
-    runner = llm._runner
+    runner, data = llm._runner, mesh.shape["data"]
     for array in jax.tree.leaves((runner._cache, runner._slots, runner._rules)):
         axis = 1 if array is runner._slots.tables else 0
         assert array.addressable_shards[0].data.shape[axis] * data == array.shape[axis]
     for leaf, spec in zip(runner.weights.leaves, runner.weights.specs, strict=True):
-        assert leaf.sharding.is_equivalent_to(NamedSharding(create_mesh(tensor, data), spec), leaf.ndim)
-        assert leaf.addressable_shards[0].data.nbytes * (tensor if any(spec) else 1) == leaf.nbytes
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
+        assert leaf.addressable_shards[0].data.nbytes * (mesh.size // data if any(spec) else 1) == leaf.nbytes
 
 
-def check_groups(llm, data, tensor):
-    """No collective crosses the data axis."""
-    lines = [line for program in llm._runner._programs.values() for line in program.as_text().splitlines()]
+def check_groups(llm, data, tensor, expert=1):
+    """No collective crosses the data axis, but where all shards compute what one was asked for."""
+    programs = [program for key, program in llm._runner._programs.items() if key[0] != "prompt_vocab"]
+    lines = [line for program in programs for line in program.as_text().splitlines()]
     found = [re.search(r"replica_groups=(mesh\S+ \{.*?\})", line) for line in lines if COLLECTIVE.search(line)]
     groups = {match and match[1] for match in found}
     assert groups == (
-        {f"mesh['data'={data},'stage'=1,'expert'=1,'tensor'={tensor}] {{'expert','tensor'}}"} if tensor > 1 else set()
+        {f"mesh['data'={data},'stage'=1,'expert'={expert},'tensor'={tensor}] {{'expert','tensor'}}"}
+        if tensor * expert > 1
+        else set()
     )
 
 
@@ -189,9 +194,23 @@ def test_a_mesh_of_ones_own():
     with LLM(
         params("llama"), config=CONFIGS["llama"], mesh=Mesh(devices, ("tensor", "replica", "data")), **SMALL
     ) as llm:
+        llm._runner._gathers, submit, flights = True, llm._runner.submit, []  # as of several processes
+        llm._runner.submit = lambda inputs: flights.append(submit(inputs)) or flights[-1]
         assert len({output.outputs[0].token_ids[1] for output in llm.generate(*ask, use_tqdm=False)}) == 1
+        assert (llm.config.data_parallel_size, llm.config.tensor_parallel_size) == (2, 2)
+        told = [array for flight in flights for array in jax.tree.leaves(flight._arrays)]
+        assert told and all(array.is_fully_replicated for array in told), "any process can read it"
         [pool, *_] = llm._runner._cache.k
         assert pool.sharding.mesh.devices[:, 0, 0].tolist() == devices[:, 0].T.tolist()
+
+
+def test_prompts_of_an_iterable_and_lines_of_a_batch_are_enough_for_all_shards():
+    ask = SamplingParams(temperature=0, max_tokens=3, detokenize=False)
+    with make_llm("llama", data=4) as llm:
+        submit, waiting = llm._runner.submit, []
+        llm._runner.submit = lambda inputs: waiting.append(llm._loop.num_requests) or submit(inputs)
+        llm.generate(([i + 5, 6] for i in range(50)), ask, use_tqdm=False)
+        assert max(waiting) == Answering(llm, {}, ["a model"]).ahead == 2 * 4 * SMALL["max_num_seqs"]
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxengine import LLM, ConfigError, SamplingParams
+from converters.gguf_reader import GgufFile
+from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
 from jaxengine.errors import WeightsDeletedError
+from jaxengine.handoff.rollout import Rollout
 from jaxengine.kv_cache import AXES
 from jaxengine.models import param_specs
 from jaxengine.sharding import LAYER, STAGE, create_mesh, gather, named_sharding, on_each_device
 from jaxengine.weights import load_params, open_checkpoint
 from jaxengine.weights.checkpoint import read_config
-from tests.references import tiny
+from tests.references import gguf_files, tiny
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, restrict
 
 VOCAB, HEADS = 601, 8  # no number of devices divides the vocabulary
@@ -198,6 +200,8 @@ def test_a_mesh_of_ones_own():
     with LLM(model_folder(), mesh=Mesh(np.array(devices)[None], ("replica", "tensor")), **SMALL) as llm:
         [output] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 2
+        with pytest.raises(UnsupportedError, match=r"tensor_parallel_size=2, .*: score with get_per_token_logps"):
+            Rollout(llm).model()
         assert llm._runner._cache.k[0].sharding.device_set == set(devices)
 
 
@@ -211,6 +215,19 @@ def test_a_vocabulary_that_needs_padding_is_loaded_in_shares(several_processes, 
         assert [shard.data.shape[axis] for shard in found[path].addressable_shards] == [86] * 7
         np.testing.assert_array_equal(np.take(found[path], range(600), axis), whole[path])
         assert not np.take(found[path], [600, 601], axis).any()
+
+
+def test_of_several_processes_each_decodes_a_gguf_tensor_once(tmp_path, monkeypatch):
+    gguf_files.write_gguf(tmp_path / "model.gguf", "qwen2")
+    checkpoint, read = open_checkpoint(tmp_path / "model.gguf"), []
+    whole = load_params(checkpoint, "float32", create_mesh())
+    monkeypatch.setattr(Mesh, "is_multi_process", True)
+    monkeypatch.setattr(GgufFile, "read", lambda *file, read_one=GgufFile.read: read.append(file) or read_one(*file))
+    found = load_params(checkpoint, "float32", create_mesh(2))
+    assert len(found["layers.0.self_attn.q_proj.kernel"].addressable_shards) == 2
+    assert len(read) == len(set(read)) > 0
+    for path, array in whole.items():
+        np.testing.assert_array_equal(found[path], array)
 
 
 @full

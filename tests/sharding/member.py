@@ -4,6 +4,7 @@ import json
 import sys
 
 import jax
+import numpy as np
 
 from jaxengine import LLM, JaxEngineError, SamplingParams, assembly
 from tests.tiny_llm import OPTIONS, check_integrity
@@ -28,6 +29,25 @@ def answers(llm):
     assert llm.get_metrics()["prefix_cache_hits"] > hits
     check_integrity(llm)
     return found
+
+
+def all_at_once(llm):
+    """What every kind of request gives, with work for all shards: tokens, and log-probabilities to compare."""
+    common = {"temperature": 0, "max_tokens": 6, "ignore_eos": True, "detokenize": False}
+    asked = [{}, {"logprobs": 2, "prompt_logprobs": 1}, {"logprobs": -1, "prompt_logprobs": -1},
+             {"temperature": 0.9, "seed": 3, "n": 2, "repetition_penalty": 1.2}]  # fmt: skip
+    tokens, numbers = [], []
+    prompts = [*PROMPTS, [11, 12], *([6, *prompt] for prompt in PROMPTS)]
+    for params in asked:
+        for output in llm.generate(prompts, SamplingParams(**common | params), use_tqdm=False):
+            tokens += [list(completion.token_ids) for completion in output.outputs]
+            if "logprobs" in params:
+                rows = [output.outputs[0].logprobs.logprobs, output.prompt_logprobs.logprobs[1:]]
+                numbers += np.concatenate(rows).ravel().tolist()
+    numbers += llm.embed(prompts, use_tqdm=False).ravel().tolist()
+    numbers += [score.logprob for score in llm.score([([5, 6], [7, 8]), ([9], [10])], use_tqdm=False)]
+    check_integrity(llm)
+    return tokens, numbers
 
 
 def held(llm):
@@ -57,7 +77,7 @@ def lead(llm, task, model, other):
         case "forever":
             while True:
                 llm.generate([[7, 8, 9]], SamplingParams(max_tokens=50, ignore_eos=True), use_tqdm=False)
-        case "weights" | "stages":
+        case "weights":
             check_refused("give its path", llm.update_weights, {})
             check_refused("other than the first", llm.follow)
             check_refused("have an engine already", LLM, model, tensor_parallel_size=jax.device_count())
@@ -67,6 +87,13 @@ def lead(llm, task, model, other):
             llm.sleep(2)
             llm.wake_up(other)
             say({"answers": answers(llm), "versions": llm.get_metrics()["weight_version"]})
+        case "all at once":
+            for path in (None, *json.loads(other)):
+                if path is not None:
+                    llm.update_weights(path)
+                tokens, numbers = all_at_once(llm)
+                hits = [shard.prefix_hits for shard in llm._loop._engine.scheduler.shards]
+                say({"tokens": tokens, "numbers": numbers, "hits": hits})
         case "bug of the leader":
             raise KeyError("a bug of the leader")
 
@@ -87,17 +114,19 @@ def follow(llm, task):
     llm.follow()
 
 
-def main(rank, count, address, task, model, other):
+def main(rank, count, address, task, model, other, sizes):
     # A machine may pause its tests for longer than the heartbeat of `processes.initialize`.
     jax.distributed.initialize(address, int(count), int(rank), heartbeat_timeout_seconds=200)
-    axis = "pipeline" if task == "stages" else "tensor"
-    options = OPTIONS | {f"{axis}_parallel_size": jax.device_count()}
+    options = OPTIONS | json.loads(sizes)
     if int(rank) == 1 and task == "another config":
         options["page_size"] = 16
     if int(rank) == 1:  # it has less memory than process 0
         plan = assembly.plan_pages
         assembly.plan_pages = lambda *arguments: tuple(count - 7 for count in plan(*arguments))
-    with LLM(model, **options) as llm:
+    llm = LLM(model, **options)
+    if task == "a follower leaves":  # without closing anything
+        lead(llm, "forever", model, other) if int(rank) == 0 else divmod(1, 0)
+    with llm:
         if jax.process_index():
             follow(llm, task)
         else:

@@ -10,11 +10,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxengine import LLM, SamplingParams
-from tests.sharding.member import answers
+from jaxengine.sharding import create_mesh
+from jaxengine.weights import load_params, open_checkpoint, save_checkpoint
+from tests.sharding.member import all_at_once, answers
 from tests.tiny_llm import OPTIONS, model_folder, shared_llm, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +36,8 @@ def free_port():
 class Job:
     """Processes that end with the test, if not before."""
 
-    def __init__(self, commands, folder):
-        flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    def __init__(self, commands, folder, devices=1):
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         self.errors = [folder / f"errors-{rank}" for rank in range(len(commands))]
         self.processes = []
@@ -73,11 +76,19 @@ class Job:
         return list(zip(statuses, (errors.read_text() for errors in self.errors), strict=True))
 
 
-def members(count, task, folder, other="-"):
-    address = f"localhost:{free_port()}"
-    common = [address, task, str(model_folder()), str(other)]
+def members(count, task, folder, other="-", kind="llama", devices=1, **sizes):
+    """`devices` of each process; `sizes` of the mesh, of which tensor is the axis unless they say otherwise."""
+    sizes = json.dumps(sizes or {"tensor_parallel_size": count})
+    common = [f"localhost:{free_port()}", task, str(model_folder(kind)), str(other), sizes]
     ranks = [[sys.executable, "-m", "tests.sharding.member", str(rank), str(count), *common] for rank in range(count)]
-    return Job(ranks, folder)
+    return Job(ranks, folder, devices)
+
+
+def flipped(folder, kind="llama"):
+    """The model with other weights."""
+    file = write_model(folder, kind) / "model.safetensors"
+    save_file({name: x[..., ::-1].copy() for name, x in load_file(file).items()}, file)
+    return folder
 
 
 def check_same_tokens(job, count):
@@ -119,19 +130,46 @@ def test_the_same_tokens_until_one_is_killed(count, victim, tmp_path):
 
 
 @full
-@pytest.mark.parametrize("task", ["weights", "stages"])
-def test_other_weights_and_sleep(task, tmp_path):
-    other = write_model(tmp_path / "other")
-    file = other / "model.safetensors"
-    save_file({name: x[..., ::-1].copy() for name, x in load_file(file).items()}, file)
-    with members(2, task, tmp_path, other) as job:
-        check_stage(job) if task == "stages" else check_same_tokens(job, 2)
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_other_weights_and_sleep(axis, tmp_path):
+    other = flipped(tmp_path / "other")
+    with members(2, "weights", tmp_path, other, **{f"{axis}_parallel_size": 2}) as job:
+        check_stage(job) if axis == "pipeline" else check_same_tokens(job, 2)
         with LLM(other, **OPTIONS) as llm:
             wanted = answers(llm)
         told = [job.told() for _ in range(3)]
         assert [each["answers"] for each in told] == [wanted] * 3 and wanted != answers(shared_llm())
         assert told[-1]["versions"] == 3
         assert [status for status, _ in job.ends()] == [0, 0]
+
+
+@full
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("llama", {"data_parallel_size": 2, "tensor_parallel_size": 2}),
+        ("experts", {"expert_parallel_size": 2, "tensor_parallel_size": 2}),
+        ("experts", {"data_parallel_size": 2, "expert_parallel_size": 2}),
+    ],
+)
+def test_everything_on_each_mesh(kind, sizes, tmp_path):
+    """Two devices of each process: an axis lies across the processes, the other within; weights of each format."""
+    checkpoint = open_checkpoint(flipped(tmp_path / "other", kind))
+    params = load_params(checkpoint, "float32", create_mesh())
+    save_checkpoint(checkpoint, params, tmp_path / "orbax", "orbax")
+    paths = [str(tmp_path / name) for name in ("other", "orbax")]
+    with members(2, "all at once", tmp_path, json.dumps(paths), kind, devices=2, **sizes) as job:
+        told = [job.told() for _ in range(4)][1:]
+        assert [status for status, _ in job.ends()] == [0, 0]
+    with LLM(model_folder(kind), **OPTIONS) as llm:
+        wanted = [all_at_once(llm)]
+        llm.update_weights(paths[0])
+        wanted += [all_at_once(llm)] * 2
+    assert wanted[0][0] != wanted[1][0]
+    for found, (tokens, numbers) in zip(told, wanted, strict=True):
+        assert found["tokens"] == tokens
+        assert min(found["hits"]) > 0 and len(found["hits"]) == sizes.get("data_parallel_size", 1)
+        np.testing.assert_allclose(found["numbers"], numbers, atol=1e-4)
 
 
 @full
@@ -144,13 +182,20 @@ def test_other_weights_and_sleep(task, tmp_path):
             "process 0 of 2 ended: KeyError: 'a bug of the leader'",
         ),
         ("bug of a follower", "process 1 of 2 failed: IndexError: a bug of a follower", "IndexError: a bug of a foll"),
+        (
+            "a follower leaves",
+            "process 1 of 2 failed: ZeroDivisionError: division by zero",
+            "ZeroDivisionError: division by zero",
+        ),
         ("another config", *["page_size is 8 in process 0, 16 in 1"] * 2),
     ],
 )
 def test_errors_end_all(task, leader, follower, tmp_path):
     with members(2, task, tmp_path) as job:
+        started = time.monotonic()
         for (status, errors), wanted in zip(job.ends(PATIENCE), (leader, follower), strict=True):
             assert status != 0 and wanted in errors
+        assert time.monotonic() - started < PATIENCE / 4, "nobody waits for jax's heartbeat"
 
 
 @full
@@ -174,6 +219,10 @@ def test_a_batch_goes_on_after_a_kill_or_sigterm(victim, tmp_path):
             assert job.processes[0].poll() is None, job.errors[0].read_text()
             time.sleep(0.01)
         if victim is None:
+            job.processes[1].send_signal(signal.SIGINT)  # process 0 may want to go on
+            count = out.read_bytes().count(b"\n")
+            while out.read_bytes().count(b"\n") == count:
+                assert job.processes[0].poll() is None, job.errors[0].read_text()
             for process in job.processes:
                 process.terminate()
             assert [status for status, _ in job.ends()] == [128 + signal.SIGTERM, 0]

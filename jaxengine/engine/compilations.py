@@ -1,0 +1,27 @@
+"""How often the process compiled: after warm-up, a fault."""
+
+from typing import Any
+
+import jax.monitoring
+
+
+class CompilationCounter:
+    """Counts the compilations of the whole process; `after_warmup` is what should stay zero."""
+
+    def __init__(self):
+        self.total, self._warm = 0, None
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
+        self.total += event == "/jax/core/compile/backend_compile_duration"
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def mark_warm(self) -> None:
+        self._warm = self.total
+
+    @property
+    def after_warmup(self) -> int | None:
+        """None before the first warm-up."""
+        return None if self._warm is None else self.total - self._warm
