@@ -1,5 +1,6 @@
 """The CPU unless JAX_PLATFORMS says otherwise, one compilation cache for all runs, and the two real models."""
 
+import gc
 import logging
 import os
 from importlib.util import find_spec
@@ -38,6 +39,12 @@ if find_spec("hypothesis"):  # a GPU machine may lack it
     settings.register_profile("repeat", patient, derandomize=True)
     settings.register_profile("explore", patient, max_examples=1000)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and is a million objects: each collection in a test would look at all of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

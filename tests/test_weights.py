@@ -96,7 +96,7 @@ def test_few_tensors_are_on_the_host(tmp_path, mesh, monkeypatch):
 
     def read(name):
         nonlocal most
-        gc.collect()  # jax lets go of some at that occasion only
+        gc.collect(1)  # jax lets go of some at that occasion only; they are young
         most = max(most, len(alive))
         return checkpoint.reader.read(name).copy().view(Referable)
 
