@@ -184,8 +184,8 @@ def test_everything_on_each_mesh(kind, sizes, tmp_path):
         ("bug of a follower", "process 1 of 2 failed: IndexError: a bug of a follower", "IndexError: a bug of a foll"),
         (
             "a follower leaves",
-            "process 1 of 2 failed: ZeroDivisionError: division by zero",
-            "ZeroDivisionError: division by zero",
+            "process 1 of 2 failed: ZeroDivisionError: ",
+            "ZeroDivisionError: ",
         ),
         ("another config", *["page_size is 8 in process 0, 16 in 1"] * 2),
     ],
