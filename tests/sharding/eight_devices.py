@@ -48,13 +48,16 @@ COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|
 full = pytest.mark.full
 
 
-@cache
-def params(family):
-    specs = param_specs(read_config(CONFIGS[family], "float32", ()))
+def random_params(config):
     return {
         path: tiny.STD * tiny.uniform(path, np.prod(spec.shape)).reshape(spec.shape) + path.endswith(".scale")
-        for path, spec in specs.items()
+        for path, spec in param_specs(read_config(config, "float32", ())).items()
     }
+
+
+@cache
+def params(family):
+    return random_params(CONFIGS[family])
 
 
 def make_llm(family, devices, experts=1, **options):

@@ -11,11 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxengine import LLM, ConfigError, SamplingParams
 from jaxengine.errors import WeightsDeletedError
-from jaxengine.models import param_specs
 from jaxengine.step import unpack
-from jaxengine.weights.checkpoint import read_config
 from tests.programs import check_memory, pool_copies
-from tests.references import tiny
 from tests.sharding import data_axis, eight_devices
 from tests.sharding.eight_devices import COLLECTIVE
 from tests.tiny_llm import OPTIONS
@@ -34,11 +31,7 @@ GREEDY = {"temperature": 0, "ignore_eos": True, "detokenize": False}
 
 @cache
 def params(family):
-    specs = param_specs(read_config(CONFIGS[family], "float32", ()))
-    return {
-        path: tiny.STD * tiny.uniform(path, np.prod(spec.shape)).reshape(spec.shape) + path.endswith(".scale")
-        for path, spec in specs.items()
-    }
+    return eight_devices.random_params(CONFIGS[family])
 
 
 def make_llm(family, stages=1, data=1, tensor=1, expert=1, **options):
