@@ -15,6 +15,7 @@ class Embedding(nnx.Module):
     def __init__(self, params: Mapping[str, jax.Array], axis: Axis | None = None):
         self.embedding, self.axis = nnx.Param(params["embedding"]), axis
 
+    @jax.named_scope("embed")
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids int32 [tokens] -> [tokens, hidden]."""
         table = self.embedding[...]

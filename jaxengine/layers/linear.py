@@ -63,12 +63,14 @@ class Projections(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """x [tokens, in] -> one [tokens, width] for each name."""
         if not hasattr(self, self.fused_name):
-            return tuple(getattr(self, name)(x) for name in self.names)
+            with jax.named_scope(self.fused_name):
+                return tuple(getattr(self, name)(x) for name in self.names)
         ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths) - 1)]
         return tuple(jnp.split(self.joined(x), ends, axis=-1))
 
     def joined(self, x: jax.Array) -> jax.Array:
         """x [tokens, in] -> [tokens, sum of widths], side by side; without a fused kernel that is a copy."""
-        if hasattr(self, self.fused_name):
-            return getattr(self, self.fused_name)(x)
-        return jnp.concatenate([getattr(self, name)(x) for name in self.names], axis=-1)
+        with jax.named_scope(self.fused_name):
+            if hasattr(self, self.fused_name):
+                return getattr(self, self.fused_name)(x)
+            return jnp.concatenate([getattr(self, name)(x) for name in self.names], axis=-1)

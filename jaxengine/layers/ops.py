@@ -1,7 +1,7 @@
 """The operations that have several implementations behind one signature; which one runs is chosen once, at start-up.
 
 `triton` and `reference` are the kernels and their twins in `pallas_kernels`, where the signatures are documented;
-`xla` is plain XLA, the default on CPU.
+`xla` is plain XLA, the default on CPU. In a profile each runs under its name here.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,11 @@ class Ops(NamedTuple):
 @cache
 def ops(implementation: Implementation) -> Ops:
     """The operations of an implementation; the kernels' imports cost time that the CPU need not pay."""
+    found = _unnamed(implementation)
+    return Ops(*(jax.named_call(op, name=name) for name, op in found._asdict().items()))
+
+
+def _unnamed(implementation: Implementation) -> Ops:
     if implementation == "xla":
         attention = xla_attention.paged_decode, xla_attention.paged_extend
         grouped = xla_grouped.grouped_gated_matmul, xla_grouped.grouped_matmul

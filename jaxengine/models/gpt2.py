@@ -36,7 +36,8 @@ class Attention(nnx.Module):
         q, k, v = (y.reshape(len(x), -1, self.head_dim) for y in self.qkv(x))
         cache = write_kv(k, v, inputs, cache)
         y = attend(q, inputs, cache, scale=self.scale, window=self.window)
-        return self.o_proj(y.reshape(len(x), -1)), cache
+        with jax.named_scope("o_proj"):
+            return self.o_proj(y.reshape(len(x), -1)), cache
 
 
 class MLP(nnx.Module):
@@ -45,7 +46,10 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+        with jax.named_scope("up_proj"):
+            y = ACTIVATIONS[self.activation](self.up_proj(x))
+        with jax.named_scope("down_proj"):
+            return self.down_proj(y)
 
 
 class Layer(nnx.Module):

@@ -90,7 +90,8 @@ class Attention(nnx.Module):
         angles = rope_angles(inputs.step.positions, jnp.asarray(self.inv_freq, jnp.float32), self.rope_factor)
         q, cache = rotate_and_write(qkv, *angles, norms, inputs, cache)
         y = attend(q, inputs, cache, scale=self.scale, window=self.window)
-        return self.o_proj(y.reshape(len(x), -1)), cache
+        with jax.named_scope("o_proj"):
+            return self.o_proj(y.reshape(len(x), -1)), cache
 
 
 class MLP(nnx.Module):
@@ -105,7 +106,8 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, inputs: LayerInputs) -> jax.Array:
         implementation = inputs.step.implementation
         gated = ops(implementation).gated_activation(self.gate_up.joined(x), ACTIVATIONS[self.activation])
-        return self.down_proj(gated)
+        with jax.named_scope("down_proj"):
+            return self.down_proj(gated)
 
 
 class Residual(NamedTuple):
@@ -170,6 +172,7 @@ class Model(nnx.Module):
             layers.append(written)
         return residual.x + residual.y, KVCache(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers))
 
+    @jax.named_scope("head")
     def head(self, x: jax.Array, share: bool = False) -> jax.Array:
         """x [rows, hidden] -> logits float32 [rows, vocab]; `share`: this device's only, with -inf for padding."""
         x = self.norm(x)
