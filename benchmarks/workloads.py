@@ -1,4 +1,7 @@
-"""Model shapes and request sets. Pure Python: whatever measures another engine can make the very same requests."""
+"""Model shapes, request sets, and what a step computes.
+
+Pure Python: whatever measures another engine can make the very same requests.
+"""
 
 import json
 import random
@@ -125,6 +128,32 @@ def floor_seconds(
     weights = (max(outputs) - 1) * 2 * shape.parameters_read
     kv = sum(length for prompt, n in zip(prompts, outputs) for length in range(len(prompt) + 1, len(prompt) + n))
     return prefill + (weights + kv * shape.kv_bytes()) / bandwidth
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call computes: `steps` tokens of each of `rows` sequences, or one and `prompts` prompts of `tokens`."""
+
+    rows: int
+    context: int  # tokens of each of `rows`, the new one included
+    prompts: int = 0
+    tokens: int = 0
+    steps: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Work":
+        """`ROWSxCONTEXT`, `ROWSxCONTEXT*STEPS` or `ROWSxCONTEXT+PROMPTSxTOKENS`."""
+        shape, _, steps = text.partition("*")
+        decode, _, prompts = shape.partition("+")
+        sizes = (tuple(map(int, part.split("x"))) for part in (decode, prompts or "0x0"))
+        (rows, context), (count, tokens) = sizes
+        return cls(rows, context, count, tokens, int(steps or 1))
+
+    def floor_ms(self, shape: Shape, bandwidth: float, flops: float) -> float:
+        """As `floor_seconds` has it: prompts at the rate of products, then weights and KV read once."""
+        prompts = self.prompts * self.tokens * 2 * shape.parameters_read / flops
+        read = 2 * shape.parameters_read + self.rows * self.context * shape.kv_bytes() if self.rows else 0
+        return (prompts + read / bandwidth) * 1e3
 
 
 def write_checkpoint_config(shape: Shape, folder: Path) -> Path:
