@@ -4,7 +4,7 @@ import re
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +13,11 @@ import jax
 
 from jaxengine.step import StepInputs
 
-INSTRUCTION = re.compile(r"^ *(?:ROOT )?%?([\w.-]+) = (.*)$", re.MULTILINE)
-CONTAINER = re.compile(r" (?:while|conditional|call)\(")  # runs other instructions, which the profile has as well
+INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(")
+COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.-]+) \(.*{")
+PART = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
 PATH = re.compile(r'op_name="([^"]*)"')
+NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 
 
 class Kernel(NamedTuple):
@@ -44,23 +46,69 @@ def profile(runner: Any, inputs: StepInputs, steps: int = 10) -> list[list[Kerne
             [runner.submit(inputs) for _ in range(steps)][-1].result()
         file = next(Path(folder).rglob("*.xplane.pb"))
         trace = jax.profiler.ProfileData.from_file(str(file))
-    paths: dict[tuple[str, str], str] = {}
-    for program in programs.values():
-        paths |= instruction_paths(program.as_text())
-    kernels = sorted(_kernels(trace, paths), key=lambda kernel: kernel.start)
-    size = len(kernels) // steps
-    parts = [kernels[i * size : (i + 1) * size] for i in range(steps)]
-    names = [Counter(kernel.name for kernel in part) for part in parts]
-    if not kernels or len(kernels) % steps or any(of_step != names[0] for of_step in names):
-        raise RuntimeError(f"{steps} equal steps, but the profile has {len(kernels)} kernels, not the same of each")
-    return [[kernel._replace(start=kernel.start - part[0].start) for kernel in part] for part in parts]
+    texts = [program.as_text() for program in programs.values()]
+    return kernels_of_steps(trace, texts, steps)
 
 
-def instruction_paths(text: str) -> dict[tuple[str, str], str]:
-    """Of a compiled program's text: (module, instruction) -> path, "" where XLA kept none; without containers."""
-    module = text.split(maxsplit=2)[1].rstrip(",")
-    lines = [(name, rest) for name, rest in INSTRUCTION.findall(text) if not CONTAINER.search(rest)]
-    return {(module, name): found[1] if (found := PATH.search(rest)) else "" for name, rest in lines}
+def kernels_of_steps(trace: Any, texts: Sequence[str], steps: int) -> list[list[Kernel]]:
+    """As `profile`, of a profile and the texts of the compiled programs that ran during it."""
+    modules = {text.split(maxsplit=2)[1].rstrip(","): launches(text) for text in texts}
+    events = sorted(_events(trace, modules), key=lambda event: event[0])
+    size = len(events) // steps
+    parts = [events[i * size : (i + 1) * size] for i in range(steps)]
+    names = [Counter(name for *_, name in part) for part in parts]
+    if not size or len(events) % steps or any(of_step != names[0] for of_step in names):
+        raise RuntimeError(f"{steps} equal steps, but the profile has {len(events)} kernels, not the same of each")
+    found = []
+    for part in parts:
+        places = dict.fromkeys(modules, 0)
+        kernels = []
+        for start, us, module, op, name in part:
+            instructions = modules[module]
+            place = _place(instructions, op, name, places[module])
+            places[module] = place + (name_of(name) in instructions[place].names)
+            kernels.append(Kernel(name, instructions[place].path, start - part[0][0], us))
+        found.append(kernels)
+    return found
+
+
+class Instruction(NamedTuple):
+    """One of a compiled program that launches a kernel."""
+
+    op: str
+    path: str  # "": XLA kept none
+    names: tuple[str, str]  # that its kernel may have, as `name_of` has them
+
+
+def launches(text: str) -> list[Instruction]:
+    """Of a compiled program's text, in the order in which they are scheduled."""
+    lines = [line.strip() for line in text.splitlines()]
+    fused = {name for line in lines if " call(" not in line for name in PART.findall(line)}
+    found, inside = [], ""
+    for line in lines:
+        if computation := COMPUTATION.fullmatch(line):
+            inside = computation[1]
+        elif (known := INSTRUCTION.match(line)) and inside not in fused and known[2] not in NO_KERNEL:
+            path = names[1] if (names := PATH.search(line)) else ""
+            found.append(Instruction(known[1], path, (name_of(known[1]), path.split("/")[-2:][0])))
+    return found
+
+
+def name_of(kernel: str) -> str:
+    """Without numbers: equal fusions share the kernel of the first."""
+    return re.sub(r"([._]\d+)+$", "", kernel)
+
+
+def _place(instructions: Sequence[Instruction], op: str, name: str, start: int) -> int:
+    """Which instruction launched this kernel.
+
+    The profile says which where kernels are launched singly. Those of a CUDA graph run in the order of their
+    instructions: a known name is that of the next of that name, any other (cuBLAS's) of the one whose turn it is.
+    """
+    order = [*range(start, len(instructions)), *range(min(start, len(instructions)))]
+    single = (i for i in order if instructions[i].op == op)
+    named = (i for i in order if name_of(name) in instructions[i].names)
+    return next(single, next(named, order[0]))
 
 
 def median_step(steps: Sequence[Sequence[Kernel]]) -> Sequence[Kernel]:
@@ -90,11 +138,15 @@ def _programs_run(runner: Any) -> Iterator[dict[tuple, Any]]:
         del runner._run
 
 
-def _kernels(trace: Any, paths: dict[tuple[str, str], str]) -> Iterator[Kernel]:
+def _events(trace: Any, modules: Mapping[str, Sequence[Instruction]]) -> Iterator[tuple[float, float, str, str, str]]:
+    """(start and duration in microseconds, module, instruction, kernel), of the GPUs or, without one, of the CPU."""
+    planes = list(trace.planes)
+    on_gpu = [plane for plane in planes if plane.name.startswith("/device:GPU")]
+    known = {(module, instruction.op) for module, found in modules.items() for instruction in found}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # jaxlib's class of statistics names no module
-        for event in (event for plane in trace.planes for line in plane.lines for event in line.events):
+        for event in (event for plane in on_gpu or planes for line in plane.lines for event in line.events):
             facts = dict(event.stats)
-            path = paths.get((facts.get("hlo_module", ""), facts.get("hlo_op", "")))
-            if path is not None:
-                yield Kernel(event.name, path, event.start_ns / 1e3, event.duration_ns / 1e3)
+            module, op = facts.get("hlo_module", ""), facts.get("hlo_op", "")
+            if module in modules and (on_gpu or (module, op) in known):  # a CPU's loops hold other operations
+                yield event.start_ns / 1e3, event.duration_ns / 1e3, module, op, event.name

@@ -1,12 +1,12 @@
 """What a step's ops must do, by formula, and what a profile says of them."""
 
-import re
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from benchmarks.common import random_llm
-from benchmarks.profiles import Kernel, instruction_paths, keep_names, median_step, span
+from benchmarks.profiles import Kernel, keep_names, kernels_of_steps, launches, median_step, span
 from benchmarks.roofline import OTHER, Cost, costs, op_of, reached, table
 from benchmarks.steps import profile_step
 from benchmarks.workloads import SHAPES, Work
@@ -50,17 +50,61 @@ def test_the_slower_of_reading_and_multiplying_is_the_limit():
     assert "4 kernels, busy 9000000 us of 11000000" in table([down, norms, other], kernels)
 
 
-def test_instructions_are_found_under_the_names_they_were_traced_under():
-    def f(x):
-        with jax.named_scope("outer"):
-            return jax.lax.fori_loop(0, 3, lambda _, y: jax.named_call(lambda z: z @ z, name="inner")(y), x)
+PROGRAM = """HloModule jit_f, is_scheduled=true
 
-    text = jax.jit(f).lower(jax.numpy.ones((8, 8))).compile().as_text()
-    paths = instruction_paths(text)
-    assert {module for module, _ in paths} == {"jit_f"}
-    assert any("outer" in path and "inner" in path for path in paths.values())
-    (loop,) = re.findall(r"%(\S+) = .* while\(", text)
-    assert ("jit_f", loop) not in paths
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%fused (x: f32[8]) -> f32[8] {
+  ROOT %dot.9 = f32[8] dot(%x, %x), metadata={op_name="jit(f)/o_proj/dot_general"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %pallas_call.1 = (f32[8]{0}, f32[]) custom-call(%x), metadata={op_name="jit(f)/add_rms_norm/pallas_call"}
+  %get-tuple-element = f32[8]{0} get-tuple-element(%pallas_call.1), index=0
+  %custom-call.2 = f32[8]{0} custom-call(%get-tuple-element), metadata={op_name="jit(f)/qkv_proj/dot_general"}
+  %gemm_fusion.3 = f32[8]{0} fusion(%custom-call.2), calls=%fused, metadata={op_name="jit(f)/o_proj/dot_general"}
+  %pallas_call.4 = f32[8]{0} custom-call(%gemm_fusion.3), metadata={op_name="jit(f)/add_rms_norm/pallas_call"}
+  %gemm_fusion.5 = f32[8]{0} fusion(%pallas_call.4), calls=%fused.1, metadata={op_name="jit(f)/down_proj/dot_general"}
+  ROOT %reduce.6 = f32[] reduce(%gemm_fusion.5), to_apply=%sum
+}
+"""
+
+
+def trace_of(plane, *kernels):
+    """A profile: (name, hlo_op) one after another, a microsecond each."""
+    events = [
+        SimpleNamespace(name=name, start_ns=2000 * i, duration_ns=1000, stats=[("hlo_module", "jit_f"), ("hlo_op", op)])
+        for i, (name, op) in enumerate(kernels)
+    ]
+    copies = [SimpleNamespace(name="MemcpyH2D", start_ns=0, duration_ns=1, stats=[])]
+    lines = [SimpleNamespace(events=events), SimpleNamespace(events=copies)]
+    return SimpleNamespace(planes=[SimpleNamespace(name=plane, lines=lines)])
+
+
+def test_kernels_of_a_graph_are_told_apart_by_their_order():
+    graph = [("add_rms_norm", ""), ("nvjet_tst", ""), ("splitKreduce", ""), ("gemm_fusion_3", ""),
+             ("add_rms_norm", ""), ("gemm_fusion_3", ""), ("reduce_6", "")]  # fmt: skip
+    for step in kernels_of_steps(trace_of("/device:GPU:0", *graph, *graph), [PROGRAM], 2):
+        assert [op_of(kernel) for kernel in step] == ["norms", "q k v", "q k v", "o", "norms", "down", OTHER]
+        assert [kernel.start for kernel in step] == [0, 2, 4, 6, 8, 10, 12]
+    with pytest.raises(RuntimeError, match="15 kernels"):
+        kernels_of_steps(trace_of("/device:GPU:0", *graph, *graph, ("add_rms_norm", "")), [PROGRAM], 2)
+
+
+def test_a_profile_names_the_instruction_where_kernels_are_launched_singly():
+    ((first, second),) = kernels_of_steps(
+        trace_of("/host:CPU", ("x", "gemm_fusion.5"), ("y", "while.7"), ("z", "custom-call.2")), [PROGRAM], 1
+    )
+    assert (op_of(first), op_of(second), second.name) == ("down", "q k v", "z")
+
+
+def test_instructions_inside_of_others_launch_nothing():
+    assert [instruction.op for instruction in launches(PROGRAM)] == [
+        "pallas_call.1", "custom-call.2", "gemm_fusion.3", "pallas_call.4", "gemm_fusion.5", "reduce.6",
+    ]  # fmt: skip
 
 
 @pytest.fixture
