@@ -4,8 +4,7 @@
 
 `256x640*4` are four steps in one call. `queued` is the device's time of a step when the host is far ahead, `ahead`
 that of a step when one more call is queued behind its own (as in the engine), `wait` when each call is waited for,
-and `call` the host's time for submitting one. A profile runs without command buffers, so its sum is more than `queued`;
-it is listed by op (see `roofline`) and by kernel.
+and `call` the host's time for submitting one. A profile is listed by op (see `roofline`) and by kernel.
 """
 
 import argparse
