@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from benchmarks.common import random_llm
-from benchmarks.profiles import Kernel, keep_names, kernels_of_steps, launches, median_step, span
+from benchmarks.profiles import Kernel, keep_names, kernels_of_steps, launches, median_step, name_of, span
 from benchmarks.roofline import OTHER, Cost, costs, op_of, reached, table
 from benchmarks.steps import profile_step
 from benchmarks.workloads import SHAPES, Work
@@ -85,6 +85,7 @@ def trace_of(plane, *kernels):
 
 
 def test_kernels_of_a_graph_are_told_apart_by_their_order():
+    assert name_of("paged_extend_mosaic_mosaic_gpu_kernel") == "paged_extend_mosaic"
     graph = [("add_rms_norm", ""), ("nvjet_tst", ""), ("splitKreduce", ""), ("gemm_fusion_3", ""),
              ("add_rms_norm", ""), ("gemm_fusion_3", ""), ("reduce_6", "")]  # fmt: skip
     for step in kernels_of_steps(trace_of("/device:GPU:0", *graph, *graph), [PROGRAM], 2):
