@@ -5,6 +5,7 @@ whichever is longer.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from benchmarks.profiles import Kernel, span
@@ -50,9 +51,10 @@ class Reached(NamedTuple):
 
 
 def costs(shape: Shape, work: Work) -> dict[str, Cost]:
-    """Of the ops of a step in bfloat16, padding not counted. Raises ValueError for several steps a call."""
-    if work.steps != 1:
-        raise ValueError(f"{work.steps=}: of a single step only")
+    """Of the ops of a call in bfloat16, padding not counted."""
+    if work.steps > 1:
+        each = [costs(shape, replace(work, context=work.context + i, steps=1)) for i in range(work.steps)]
+        return {op: Cost(*map(sum, zip(*(cost[op] for cost in each)))) for op in each[0]}
     hidden, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_layers
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     prompt_tokens, sampled = work.prompts * work.tokens, work.rows + work.prompts

@@ -33,8 +33,8 @@ def test_attention_reads_keys_and_values_once_and_sees_no_future():
     pairs = 2 * (1 + 2 + 3 + 4)
     assert found["extend attention"] == (layers * pairs * 4 * q, 8 * shape.kv_bytes() + layers * 8 * 4 * q)
     assert "extend attention" not in costs(shape, Work.parse("3x100"))
-    with pytest.raises(ValueError, match="steps=4"):
-        costs(shape, Work.parse("3x100*4"))
+    two, (first, second) = costs(shape, Work.parse("3x100*2")), [costs(shape, Work.parse(f"3x{n}")) for n in (100, 101)]
+    assert two["decode attention"].bytes == first["decode attention"].bytes + second["decode attention"].bytes
 
 
 def test_the_slower_of_reading_and_multiplying_is_the_limit():
