@@ -1,10 +1,14 @@
 """Tensor, data and pipeline parallelism on GPUs of one machine: first the answers of one GPU, then tokens/s.
 
-python -m benchmarks.multi_gpu --devices 1,2,2x1,1x2x1 --workloads bs1,bs64,fixed256,decode
+    python -m benchmarks.multi_gpu --devices 1,2,2x1,1x2x1 --workloads bs1,bs64,fixed256,decode
+
+A grid that fails is reported, and the others run. Where time is short: few programs (`--rows`, `--tokens`, each a list
+of sizes to pad to), first runs that only compile (`--warmup-tokens`), shorter outputs (`decode:256`).
 """
 
 import argparse
 import math
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,9 @@ from typing import Any
 import numpy as np
 
 import jaxengine
-from benchmarks.common import claim_memory, longest, random_llm, report, time_workload
+from benchmarks import noise
+from benchmarks.common import claim_memory, longest, only_buckets, random_llm, rates, report, time_workload
+from benchmarks.steps import Work, in_collectives, profile_step
 from benchmarks.workloads import SHAPES
 
 NOISE = 0.05  # mean of absolute differences of log-probabilities; bfloat16 on two simulated devices: 0.024
@@ -65,6 +71,41 @@ def check(grid: Grid) -> None:
             raise RuntimeError(f"log-probabilities in {dtype} on {parallel(grid)} differ by {difference.mean():.3f}")
 
 
+def measure(args: argparse.Namespace, grid: Grid, limits: tuple[float, float], first: dict[str, Any]) -> None:
+    """One row for each workload. `first`: what later grids are compared with."""
+    workloads = list(filter(None, args.workloads.split(",")))
+    options = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "enable_prefix_caching": False}
+    length = max(longest(args.model, workloads), noise.TOKENS + 1 if args.logprobs else 0)
+    data, stages, tensor = grid
+    with random_llm(args.model, **parallel(grid), max_model_len=length, **options) as llm:
+        only_buckets(llm, args.rows, args.tokens)
+        # A shard with its part of the requests does less at a time: replicas are for requests of their own.
+        for name, copies in product(workloads, [data] if args.own_requests else sorted({1, data})):
+            result = time_workload(
+                llm, args.model, name, args.repeats, copies=copies, warmup_tokens=args.warmup_tokens, limits=limits,
+                devices=math.prod(grid),
+            )  # fmt: skip
+            speed = first.setdefault(name, result["out_tok_s"])
+            report(parallel(grid) | result | {"copies": copies, "speed_up": result["out_tok_s"] / speed})
+        if args.logprobs:
+            found = noise.log_probabilities(llm, args.model)
+            if "logprobs" not in first:
+                alone = noise.log_probabilities(llm, args.model, together=False)
+                report(parallel(grid) | {"logprobs": "one at a time - all together"} | noise.distance(alone, found))
+            before = first.setdefault("logprobs", found)
+            if before is not found:
+                report(parallel(grid) | {"logprobs": "these devices - the first"} | noise.distance(found, before))
+            first.setdefault("all logprobs", {})[grid] = found
+        for step in filter(None, args.profile.split(",") if tensor > 1 and data == stages == 1 else []):
+            work = Work.parse(step)
+            kernels = profile_step(llm._runner, work)
+            report(parallel(grid) | {"step": step} | in_collectives(kernels, SHAPES[args.model], work, tensor))
+
+
+def sizes(text: str) -> list[int]:
+    return [int(size) for size in text.split(",") if size]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama8b", choices=SHAPES)
@@ -73,29 +114,44 @@ def main() -> None:
         default="1,2",
         help="tensor, data x tensor or data x stages x tensor, as in 2x1; speed-ups are over the first",
     )
-    parser.add_argument("--workloads", default="bs1,bs64,fixed256,decode")
+    parser.add_argument("--workloads", default="bs1,bs64,fixed256,decode", help="decode:256: with 256 output tokens")
+    parser.add_argument(
+        "--own-requests", action="store_true", help="shards of the data axis: not the same, but as many"
+    )
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=256, help="of each shard of the data axis")
+    parser.add_argument("--rows", type=sizes, default=[], help="compile decode steps for these and --max-num-seqs only")
+    parser.add_argument("--tokens", type=sizes, default=[], help="compile steps with prompts for these and the largest")
+    parser.add_argument("--warmup-tokens", type=int, help="of each request's prompt and output in the first run")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--no-check", action="store_true", help="speed only")
+    parser.add_argument("--logprobs", action="store_true", help="of prompts, beside the first grid's and its noise")
+    parser.add_argument("--float32", action="store_true", help="and beside those of one device in float32")
+    parser.add_argument(
+        "--profile", default="", help="steps of which the collectives' time is told: see benchmarks.steps"
+    )
     args = parser.parse_args()
     claim_memory()
     import jax
 
-    grids, workloads = [parse(size) for size in args.devices.split(",")], args.workloads.split(",")
-    print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
+    grids, failed = [parse(size) for size in args.devices.split(",")], []
+    print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {vars(args)}", flush=True)
     for grid in grids if not args.no_check else []:
         if math.prod(grid) > 1:
             check(grid)
-    options = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "enable_prefix_caching": False}
-    first: dict[str, float] = {}
+    limits, first = rates(), {}  # type: tuple[float, float], dict[str, Any]
     for grid in grids:
-        with random_llm(args.model, **parallel(grid), max_model_len=longest(args.model, workloads), **options) as llm:
-            # A shard with its part of the requests does less at a time: replicas are for requests of their own.
-            for name, copies in product(workloads, sorted({1, grid[0]})):
-                result = time_workload(llm, args.model, name, args.repeats, copies=copies)
-                speed = first.setdefault(name, result["out_tok_s"])
-                report(parallel(grid) | result | {"copies": copies, "speed_up": result["out_tok_s"] / speed})
+        try:
+            measure(args, grid, limits, first)
+        except Exception as error:
+            failed.append(grid)
+            report(parallel(grid) | {"error": f"{type(error).__name__}: {error}"[:2000]})
+    if args.float32:
+        length = noise.TOKENS + 1
+        exact = noise.in_float32(args.model, dtype="float32", max_model_len=length, max_num_seqs=noise.PROMPTS)
+        for grid, found in first["all logprobs"].items():
+            report(parallel(grid) | {"logprobs": "these devices - float32"} | noise.distance(found, exact))
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
