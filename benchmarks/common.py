@@ -43,7 +43,8 @@ def random_llm(shape: str, params: Any = None, **engine: Any) -> Iterator[Any]:
 def longest(shape: str, workloads: Sequence[str]) -> int:
     """The longest request of these workloads, prompt and output together."""
     sets = [requests(name, SHAPES[shape].vocab_size) for name in workloads]
-    return max(len(prompt) + output for prompts, outputs in sets for prompt, output in zip(prompts, outputs))
+    pairs = [pair for prompts, outputs in sets for pair in zip(prompts, outputs)]
+    return max((len(prompt) + output for prompt, output in pairs), default=0)
 
 
 def only_buckets(llm: Any, rows: Sequence[int], tokens: Sequence[int]) -> None:

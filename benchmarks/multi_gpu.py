@@ -9,6 +9,9 @@ of sizes to pad to), first runs that only compile (`--warmup-tokens`), shorter o
 import argparse
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -71,39 +74,65 @@ def check(grid: Grid) -> None:
             raise RuntimeError(f"log-probabilities in {dtype} on {parallel(grid)} differ by {difference.mean():.3f}")
 
 
-def measure(args: argparse.Namespace, grid: Grid, limits: tuple[float, float], first: dict[str, Any]) -> None:
-    """One row for each workload. `first`: what later grids are compared with."""
-    workloads = list(filter(None, args.workloads.split(",")))
+@contextmanager
+def opened(args: argparse.Namespace, grid: Grid) -> Iterator[Any]:
+    length = max(longest(args.model, args.workloads), noise.TOKENS + 1 if args.logprobs else 2)
     options = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "enable_prefix_caching": False}
-    length = max(longest(args.model, workloads), noise.TOKENS + 1 if args.logprobs else 0)
-    data, stages, tensor = grid
     with random_llm(args.model, **parallel(grid), max_model_len=length, **options) as llm:
         only_buckets(llm, args.rows, args.tokens)
+        yield llm
+
+
+def measure(
+    args: argparse.Namespace,
+    grid: Grid,
+    limits: tuple[float, float],
+    speeds: dict[str, float],
+    logprobs: dict[Grid, np.ndarray],
+) -> None:
+    """A row for each workload. It fills `speeds`, of the first grid, and `logprobs`, of all."""
+    with opened(args, grid) as llm:
         # A shard with its part of the requests does less at a time: replicas are for requests of their own.
-        for name, copies in product(workloads, [data] if args.own_requests else sorted({1, data})):
+        for name, copies in product(args.workloads, [grid[0]] if args.own_requests else sorted({1, grid[0]})):
             result = time_workload(
                 llm, args.model, name, args.repeats, copies=copies, warmup_tokens=args.warmup_tokens, limits=limits,
                 devices=math.prod(grid),
             )  # fmt: skip
-            speed = first.setdefault(name, result["out_tok_s"])
+            speed = speeds.setdefault(name, result["out_tok_s"])
             report(parallel(grid) | result | {"copies": copies, "speed_up": result["out_tok_s"] / speed})
-        if args.logprobs:
-            found = noise.log_probabilities(llm, args.model)
-            if "logprobs" not in first:
-                alone = noise.log_probabilities(llm, args.model, together=False)
-                report(parallel(grid) | {"logprobs": "one at a time - all together"} | noise.distance(alone, found))
-            before = first.setdefault("logprobs", found)
-            if before is not found:
-                report(parallel(grid) | {"logprobs": "these devices - the first"} | noise.distance(found, before))
-            first.setdefault("all logprobs", {})[grid] = found
-        for step in filter(None, args.profile.split(",") if tensor > 1 and data == stages == 1 else []):
+        if not args.logprobs:
+            return
+        found = noise.log_probabilities(llm, args.model)
+        if logprobs:
+            other, name = next(iter(logprobs.values())), "these devices - the first"
+        else:
+            other, name = noise.log_probabilities(llm, args.model, together=False), "all together - one at a time"
+        report(parallel(grid) | {"logprobs": name} | noise.distance(found, other))
+        logprobs[grid] = found
+
+
+def profile(args: argparse.Namespace, grid: Grid) -> None:
+    """What of a step's time its collectives take."""
+    with opened(args, grid) as llm:
+        for step in args.profile:
             work = Work.parse(step)
             kernels = profile_step(llm._runner, work)
-            report(parallel(grid) | {"step": step} | in_collectives(kernels, SHAPES[args.model], work, tensor))
+            report(parallel(grid) | {"step": step} | in_collectives(kernels, SHAPES[args.model], work, grid[2]))
 
 
-def sizes(text: str) -> list[int]:
-    return [int(size) for size in text.split(",") if size]
+def in_float32(args: argparse.Namespace, logprobs: dict[Grid, np.ndarray]) -> None:
+    length = noise.TOKENS + 1
+    exact = noise.in_float32(args.model, dtype="float32", max_model_len=length, max_num_seqs=noise.PROMPTS)
+    for grid, found in logprobs.items():
+        report(parallel(grid) | {"logprobs": "these devices - float32"} | noise.distance(found, exact))
+
+
+def words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def numbers(text: str) -> list[int]:
+    return list(map(int, words(text)))
 
 
 def main() -> None:
@@ -114,44 +143,45 @@ def main() -> None:
         default="1,2",
         help="tensor, data x tensor or data x stages x tensor, as in 2x1; speed-ups are over the first",
     )
-    parser.add_argument("--workloads", default="bs1,bs64,fixed256,decode", help="decode:256: with 256 output tokens")
     parser.add_argument(
-        "--own-requests", action="store_true", help="shards of the data axis: not the same, but as many"
+        "--workloads", type=words, default="bs1,bs64,fixed256,decode", help="decode:256: with 256 output tokens each"
     )
+    parser.add_argument("--own-requests", action="store_true", help="a data axis: not the same requests, only as many")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=256, help="of each shard of the data axis")
-    parser.add_argument("--rows", type=sizes, default=[], help="compile decode steps for these and --max-num-seqs only")
-    parser.add_argument("--tokens", type=sizes, default=[], help="compile steps with prompts for these and the largest")
+    parser.add_argument(
+        "--rows", type=numbers, default=[], help="decode steps are compiled for these and --max-num-seqs"
+    )
+    parser.add_argument("--tokens", type=numbers, default=[], help="steps with prompts for these and the largest")
     parser.add_argument("--warmup-tokens", type=int, help="of each request's prompt and output in the first run")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--no-check", action="store_true", help="speed only")
+    parser.add_argument("--no-check", action="store_true", help="do not compare the shipped model's answers")
     parser.add_argument("--logprobs", action="store_true", help="of prompts, beside the first grid's and its noise")
     parser.add_argument("--float32", action="store_true", help="and beside those of one device in float32")
-    parser.add_argument(
-        "--profile", default="", help="steps of which the collectives' time is told: see benchmarks.steps"
-    )
+    parser.add_argument("--profile", type=words, default=[], help="steps as in benchmarks.steps: the collectives' part")
     args = parser.parse_args()
     claim_memory()
     import jax
 
-    grids, failed = [parse(size) for size in args.devices.split(",")], []
+    grids = [parse(size) for size in args.devices.split(",")]
     print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {vars(args)}", flush=True)
     for grid in grids if not args.no_check else []:
         if math.prod(grid) > 1:
             check(grid)
-    limits, first = rates(), {}  # type: tuple[float, float], dict[str, Any]
-    for grid in grids:
+    limits, speeds, logprobs = rates(), {}, {}  # type: tuple[float, float], dict[str, float], dict[Grid, np.ndarray]
+    parts = {f"measure {grid}": partial(measure, args, grid, limits, speeds, logprobs) for grid in grids}
+    # After the others, as a process that has profiled may stay slower.
+    tensor = [grid for grid in grids if args.profile and grid[:2] == (1, 1) and grid[2] > 1]
+    parts |= {f"profile {grid}": partial(profile, args, grid) for grid in tensor}
+    parts |= {"float32": partial(in_float32, args, logprobs)} if args.float32 else {}
+    failed = False
+    for name, part in parts.items():
         try:
-            measure(args, grid, limits, first)
+            part()
         except Exception as error:
-            failed.append(grid)
-            report(parallel(grid) | {"error": f"{type(error).__name__}: {error}"[:2000]})
-    if args.float32:
-        length = noise.TOKENS + 1
-        exact = noise.in_float32(args.model, dtype="float32", max_model_len=length, max_num_seqs=noise.PROMPTS)
-        for grid, found in first["all logprobs"].items():
-            report(parallel(grid) | {"logprobs": "these devices - float32"} | noise.distance(found, exact))
-    sys.exit(bool(failed))
+            failed = True
+            report({"failed": name, "error": f"{type(error).__name__}: {error}"[:2000]})
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ def test_rows_of_two_devices_stand_beside_one_and_a_grid_that_fails_does_not_sto
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     rows = [json.loads(line) for line in lines]
-    assert done.returncode == 1 and "tensor_parallel_size=3" in next(row["error"] for row in rows if "error" in row)
+    assert done.returncode == 1 and "tensor_parallel_size=3" in next(row["error"] for row in rows if "failed" in row)
     one, two = [row for row in rows if "share_of_floor" in row]
     assert one["compilations"] == two["compilations"] == 0 and one["speed_up"] == 1
     assert (one["workload"], one["out_tokens"]) == ("tiny:4", 24)
     assert two["floor_seconds"] == pytest.approx(one["floor_seconds"] / 2, abs=2e-4)
     noise = {(row["tensor_parallel_size"], row["logprobs"]): row for row in rows if "logprobs" in row}
-    assert set(noise) == {(1, "one at a time - all together"), (2, "these devices - the first"),
+    assert set(noise) == {(1, "all together - one at a time"), (2, "these devices - the first"),
                           (1, "these devices - float32"), (2, "these devices - float32")}  # fmt: skip
     exact = [noise[n, "these devices - float32"]["mean_absolute"] for n in (1, 2)]
     assert 0 < exact[1] < 2 * exact[0] < 0.02
