@@ -76,7 +76,8 @@ def check(grid: Grid) -> None:
 
 @contextmanager
 def opened(args: argparse.Namespace, grid: Grid) -> Iterator[Any]:
-    length = max(longest(args.model, args.workloads), noise.TOKENS + 1 if args.logprobs else 2)
+    contexts = [work.context + work.steps for work in args.profile]
+    length = max(longest(args.model, args.workloads), noise.TOKENS + 1 if args.logprobs else 2, *contexts)
     options = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "enable_prefix_caching": False}
     with random_llm(args.model, **parallel(grid), max_model_len=length, **options) as llm:
         only_buckets(llm, args.rows, args.tokens)
@@ -114,10 +115,9 @@ def measure(
 def profile(args: argparse.Namespace, grid: Grid) -> None:
     """What of a step's time its collectives take."""
     with opened(args, grid) as llm:
-        for step in args.profile:
-            work = Work.parse(step)
+        for work in args.profile:
             kernels = profile_step(llm._runner, work)
-            report(parallel(grid) | {"step": step} | in_collectives(kernels, SHAPES[args.model], work, grid[2]))
+            report(parallel(grid) | {"step": str(work)} | in_collectives(kernels, SHAPES[args.model], work, grid[2]))
 
 
 def in_float32(args: argparse.Namespace, logprobs: dict[Grid, np.ndarray]) -> None:
@@ -133,6 +133,10 @@ def words(text: str) -> list[str]:
 
 def numbers(text: str) -> list[int]:
     return list(map(int, words(text)))
+
+
+def works(text: str) -> list[Work]:
+    return [Work.parse(word) for word in words(text)]
 
 
 def main() -> None:
@@ -158,7 +162,7 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true", help="do not compare the shipped model's answers")
     parser.add_argument("--logprobs", action="store_true", help="of prompts, beside the first grid's and its noise")
     parser.add_argument("--float32", action="store_true", help="and beside those of one device in float32")
-    parser.add_argument("--profile", type=words, default=[], help="steps as in benchmarks.steps: the collectives' part")
+    parser.add_argument("--profile", type=works, default=[], help="steps as in benchmarks.steps: the collectives' part")
     args = parser.parse_args()
     claim_memory()
     import jax
