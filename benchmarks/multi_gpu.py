@@ -57,7 +57,7 @@ def shipped_answers(grid: Grid, dtype: str) -> tuple[list[list[int]], np.ndarray
         plain = llm.generate(
             prompts, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, detokenize=False), use_tqdm=False
         )
-    logprobs = [output.prompt_logprobs.logprobs[1:] for output in outputs if output.prompt_logprobs]
+    logprobs = [output.prompt_logprobs.logprobs for output in outputs if output.prompt_logprobs]
     return [list(output.outputs[0].token_ids) for output in plain], np.concatenate(logprobs)
 
 
@@ -121,8 +121,7 @@ def profile(args: argparse.Namespace, grid: Grid) -> None:
 
 
 def in_float32(args: argparse.Namespace, logprobs: dict[Grid, np.ndarray]) -> None:
-    length = noise.TOKENS + 1
-    exact = noise.in_float32(args.model, dtype="float32", max_model_len=length, max_num_seqs=noise.PROMPTS)
+    exact = noise.in_float32(args.model, args.float32)
     for grid, found in logprobs.items():
         report(parallel(grid) | {"logprobs": "these devices - float32"} | noise.distance(found, exact))
 
@@ -161,7 +160,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--no-check", action="store_true", help="do not compare the shipped model's answers")
     parser.add_argument("--logprobs", action="store_true", help="of prompts, beside the first grid's and its noise")
-    parser.add_argument("--float32", action="store_true", help="and beside those of one device in float32")
+    parser.add_argument("--float32", type=Path, help="and beside those of one device in float32, kept in this file.npy")
     parser.add_argument("--profile", type=works, default=[], help="steps as in benchmarks.steps: the collectives' part")
     args = parser.parse_args()
     claim_memory()

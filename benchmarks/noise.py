@@ -1,10 +1,11 @@
 """How far log-probabilities of prompts lie apart: in other batches, on other devices, and from float32.
 
-Rounding differs with a batch's shape, and again with the order of a sum over devices. So what several devices answer in
-bfloat16 is held against what one device answers in another batch, and against float32 with the very same weights.
+Rounding may differ with a batch's shape, and does with the order of a sum over devices. So what several devices answer
+in bfloat16 is held against float32 with the very same weights, from which one device is about as far.
 """
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,16 @@ def log_probabilities(llm: Any, shape: str, together: bool = True) -> np.ndarray
     prompts = [[rng.randrange(2, SHAPES[shape].vocab_size) for _ in range(TOKENS)] for _ in range(PROMPTS)]
     batches = [prompts] if together else [[prompt] for prompt in prompts]
     outputs = [output for batch in batches for output in llm.generate(batch, params, use_tqdm=False)]
-    return np.stack([output.prompt_logprobs.logprobs[1:] for output in outputs])
+    return np.stack([output.prompt_logprobs.logprobs for output in outputs])
 
 
-def in_float32(shape: str, **engine: Any) -> np.ndarray:
-    """`log_probabilities` on one device in float32, with the values that `random_llm`'s weights have in bfloat16."""
+def in_float32(shape: str, file: Path) -> np.ndarray:
+    """`log_probabilities` on one device in float32, with the values that `random_llm`'s weights have in bfloat16.
+
+    From the file where it is there; otherwise they are computed, and kept in it.
+    """
+    if file.exists():
+        return np.load(file)
     import jax.numpy as jnp
 
     from jaxengine.models import param_specs
@@ -39,8 +45,11 @@ def in_float32(shape: str, **engine: Any) -> np.ndarray:
     params = random_params(param_specs(read_config(config, "float32", ())), "bfloat16", create_mesh(), seed=0)
     for name in list(params):
         params[name] = params.pop(name).astype(jnp.float32)
-    with random_llm(shape, params=params, max_num_batched_tokens=1024, **engine) as llm:
-        return log_probabilities(llm, shape)
+    sizes = {"max_model_len": TOKENS + 1, "max_num_seqs": PROMPTS, "max_num_batched_tokens": PROMPTS * TOKENS}
+    with random_llm(shape, params=params, dtype="float32", **sizes) as llm:
+        found = log_probabilities(llm, shape)
+    np.save(file, found)
+    return found
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> dict[str, float]:

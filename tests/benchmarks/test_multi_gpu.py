@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 from benchmarks.common import only_buckets, time_workload
-from benchmarks.noise import distance
+from benchmarks.noise import PROMPTS, TOKENS, distance, in_float32
 from benchmarks.steps import Work, in_collectives
 from benchmarks.workloads import SHAPES
 from jaxengine import SamplingParams
 from tests.tiny_llm import fresh_llm
 
 COMMAND = """--model tiny --devices 1,2,3 --workloads tiny:4 --rows 2 --tokens 512 --warmup-tokens 4 --max-num-seqs 8
---logprobs --float32 --no-check""".split()
+--logprobs --no-check --float32""".split()
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 
 
-def test_rows_of_two_devices_stand_beside_one_and_a_grid_that_fails_does_not_stop_the_others():
+def test_rows_of_two_devices_stand_beside_one_and_a_grid_that_fails_does_not_stop_the_others(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
-    command = [sys.executable, "-m", "benchmarks.multi_gpu", *COMMAND]
+    command = [sys.executable, "-m", "benchmarks.multi_gpu", *COMMAND, str(tmp_path / "float32.npy")]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -38,6 +38,8 @@ def test_rows_of_two_devices_stand_beside_one_and_a_grid_that_fails_does_not_sto
                           (1, "these devices - float32"), (2, "these devices - float32")}  # fmt: skip
     exact = [noise[n, "these devices - float32"]["mean_absolute"] for n in (1, 2)]
     assert 0 < exact[1] < 2 * exact[0] < 0.02
+    kept = in_float32("no shape is needed", tmp_path / "float32.npy")
+    assert kept.shape == (PROMPTS, TOKENS - 1) and kept.dtype == np.float32
 
 
 def test_only_the_named_sizes_are_compiled():
