@@ -74,8 +74,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20_000, help="to generate from; 0: none")
     args = parser.parse_args()
     claim_memory()
-    shape, (bandwidth, flops) = SHAPES[args.model], rates(2**32, 8192)
-    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s, matrix products {flops / 1e12:.0f} TFLOP/s", flush=True)
+    shape, (_, flops) = SHAPES[args.model], rates()
     with random_llm(args.model, max_model_len=TEXT[1] + 1, dtype="bfloat16") as llm:
         if args.texts:
             report({"model": args.model, **score(llm, shape, args.texts, flops)})

@@ -23,6 +23,9 @@ from benchmarks.common import random_llm, rates
 from benchmarks.workloads import SHAPES, Shape
 from jaxengine.step import SlotWrite, StepInputs, packed_size, unpack
 
+# XLA's own kernel for a small sum is a fusion named after jax's operation.
+COLLECTIVE = re.compile(r"nccl|psum|all.?(reduce|gather|to.?all)|reduce.?scatter|collective|permute", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -121,7 +124,7 @@ def time_steps(runner: Any, work: Work, calls: int = 100) -> dict[str, float]:
 
 
 def profile_step(runner: Any, work: Work, steps: int = 10) -> list[tuple[str, float, float]]:
-    """(kernel, calls a step, microseconds a step) of the device's kernels, the most costly first."""
+    """(kernel, calls a step, microseconds a step) of a device's kernels, the most costly first; of several the mean."""
     import jax
 
     first, inputs = step_inputs(runner, work)
@@ -144,7 +147,24 @@ def profile_step(runner: Any, work: Work, steps: int = 10) -> list[tuple[str, fl
                     name = re.sub(r"[._]?\d+$", "", re.sub(r"[._]?\d+$", "", event.name))
                     spent[name] += event.duration_ns
                     calls[name] += 1
-    return [(name, calls[name] / steps, ns / 1e3 / steps) for name, ns in spent.most_common()]
+    per = steps * runner.mesh.size
+    return [(name, calls[name] / per, ns / 1e3 / per) for name, ns in spent.most_common()]
+
+
+def in_collectives(kernels: list[tuple[str, float, float]], shape: Shape, work: Work, devices: int) -> dict[str, Any]:
+    """What of a profiled step is spent in collectives over so many devices, waiting for the others included, beside the
+    bytes that each sends for two sums a layer and the embedding's; GB/s of that."""
+    found = [kernel for kernel in kernels if COLLECTIVE.search(kernel[0])]
+    us, rows = sum(us for *_, us in found), work.rows + work.prompts * work.tokens
+    sent = (2 * shape.num_layers + 1) * 2 * (devices - 1) / devices * rows * shape.hidden_size * 2
+    return {
+        "kernels_us": sum(us for *_, us in kernels),
+        "collectives_us": us,
+        "collectives": sum(count for _, count, _ in found),
+        "sent_bytes": sent,
+        "GB/s": sent / us / 1e3 if us else 0.0,
+        "names": [f"{name[:60]}: {count:.0f} x {us / count:.1f} us" for name, count, us in found[:5]],
+    }
 
 
 def main() -> None:
@@ -158,8 +178,7 @@ def main() -> None:
     args = parser.parse_args()
 
     shape = SHAPES[args.model]
-    bandwidth, flops = rates(2**32, 8192)
-    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s, matrix products {flops / 1e12:.0f} TFLOP/s", flush=True)
+    bandwidth, flops = rates()
     options = {"attention": args.attention, "max_model_len": args.max_model_len, "max_num_seqs": args.max_num_seqs}
     with random_llm(args.model, **options) as llm:
         runner = llm._runner
