@@ -51,9 +51,9 @@ def main() -> None:
         for name in workloads:
             result = time_workload(llm, args.model, name, args.repeats, limits=limits)
             if name in args.idle.split(","):
-                with recorded(llm._runner) as steps:
+                with recorded(llm._runner) as run:
                     again = time_workload(llm, args.model, name, repeats=1, warmups=0)
-                result["idle"] = 1 - queued_seconds(llm._runner, steps) / again["seconds"]
+                result["idle"] = 1 - queued_seconds(llm._runner, run.steps) / again["seconds"]
             report(result)
 
 
