@@ -23,7 +23,7 @@ def recorded(runner: Any) -> Iterator[Recording]:
     """All steps that are submitted meanwhile."""
     import jax
 
-    recording, results = Recording(), []
+    recording, results = Recording(), list[jax.Array]()
 
     def submit(inputs: StepInputs) -> Any:
         recording.steps.append(inputs)
