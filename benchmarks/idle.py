@@ -23,7 +23,7 @@ def recorded(runner: Any) -> Iterator[Recording]:
     """All steps that are submitted meanwhile."""
     import jax
 
-    recording, results = Recording(), list[jax.Array]()
+    recording, results = Recording(), list[Any]()
 
     def submit(inputs: StepInputs) -> Any:
         recording.steps.append(inputs)
