@@ -19,6 +19,8 @@ PART = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
 PATH = re.compile(r'op_name="([^"]*)"')
 NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
 
+Event = tuple[float, float, str, str, str]  # start and duration in microseconds, module, instruction, kernel
+
 
 class Kernel(NamedTuple):
     """One run of a kernel."""
@@ -37,7 +39,8 @@ def keep_names() -> None:
 def profile(runner: Any, inputs: StepInputs, steps: int = 10) -> list[list[Kernel]]:
     """The kernels of each of `steps` equal steps, queued one behind another, in the order in which they ran.
 
-    On a CPU they are XLA's operations, on any of its threads. Raises RuntimeError where the steps' kernels differ.
+    Of several GPUs, first all steps of the first, and so on. On a CPU they are XLA's operations, on any of its threads.
+    Raises RuntimeError where the steps' kernels differ.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # tracing Python would hold up the host
@@ -53,22 +56,14 @@ def profile(runner: Any, inputs: StepInputs, steps: int = 10) -> list[list[Kerne
 def kernels_of_steps(trace: Any, texts: Sequence[str], steps: int) -> list[list[Kernel]]:
     """As `profile`, of a profile and the texts of the compiled programs that ran during it."""
     modules = {text.split(maxsplit=2)[1].rstrip(","): launches(text) for text in texts}
-    events = sorted(_events(trace, modules), key=lambda event: event[0])
-    size = len(events) // steps
-    parts = [events[i * size : (i + 1) * size] for i in range(steps)]
-    names = [Counter(name for *_, name in part) for part in parts]
-    if not size or len(events) % steps or any(of_step != names[0] for of_step in names):
-        raise RuntimeError(f"{steps} equal steps, but the profile has {len(events)} kernels, not the same of each")
     found = []
-    for part in parts:
-        places = dict.fromkeys(modules, 0)
-        kernels = []
-        for start, us, module, op, name in part:
-            instructions = modules[module]
-            place = _place(instructions, op, name, places[module])
-            places[module] = place + (name_of(name) in instructions[place].names)
-            kernels.append(Kernel(name, instructions[place].path, start - part[0][0], us))
-        found.append(kernels)
+    for events in _events(trace, modules):
+        size = len(events) // steps
+        parts = [events[i * size : (i + 1) * size] for i in range(steps)]
+        names = [Counter(name for *_, name in part) for part in parts]
+        if not size or len(events) % steps or any(of_step != names[0] for of_step in names):
+            raise RuntimeError(f"{steps} equal steps, but the profile has {len(events)} kernels, not the same of each")
+        found += [_kernels(part, modules) for part in parts]
     return found
 
 
@@ -138,15 +133,32 @@ def _programs_run(runner: Any) -> Iterator[dict[tuple, Any]]:
         del runner._run
 
 
-def _events(trace: Any, modules: Mapping[str, Sequence[Instruction]]) -> Iterator[tuple[float, float, str, str, str]]:
-    """(start and duration in microseconds, module, instruction, kernel), of the GPUs or, without one, of the CPU."""
+def _kernels(events: Sequence[Event], modules: Mapping[str, Sequence[Instruction]]) -> list[Kernel]:
+    """Of one step, which all programs begin anew."""
+    places, kernels = dict.fromkeys(modules, 0), []
+    for start, us, module, op, name in events:
+        path = ""
+        if instructions := modules.get(module):
+            place = _place(instructions, op, name, places[module])
+            places[module] = place + (name_of(name) in instructions[place].names)
+            path = instructions[place].path
+        kernels.append(Kernel(name, path, start - events[0][0], us))
+    return kernels
+
+
+def _events(trace: Any, modules: Mapping[str, Sequence[Instruction]]) -> Iterator[list[Event]]:
+    """Of each GPU or, without one, of the CPU, in the order of time."""
     planes = list(trace.planes)
     on_gpu = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     known = {(module, instruction.op) for module, found in modules.items() for instruction in found}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # jaxlib's class of statistics names no module
-        for event in (event for plane in on_gpu or planes for line in plane.lines for event in line.events):
-            facts = dict(event.stats)
-            module, op = facts.get("hlo_module", ""), facts.get("hlo_op", "")
-            if module in modules and (on_gpu or (module, op) in known):  # a CPU's loops hold other operations
-                yield event.start_ns / 1e3, event.duration_ns / 1e3, module, op, event.name
+    for plane in on_gpu or [plane for plane in planes if plane.name == "/host:CPU"]:
+        events: list[Event] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # jaxlib's class of statistics names no module
+            for event in (event for line in plane.lines for event in line.events):
+                facts = dict(event.stats)
+                module, op = facts.get("hlo_module", ""), facts.get("hlo_op", "")
+                # A CPU's loops hold other operations; a GPU's copies to and from the host are no program's.
+                if (module or not event.name.startswith("Mem")) if on_gpu else (module, op) in known:
+                    events.append((event.start_ns / 1e3, event.duration_ns / 1e3, module, op, event.name))
+        yield sorted(events, key=lambda event: event[0])

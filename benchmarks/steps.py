@@ -11,17 +11,21 @@ import argparse
 import re
 import statistics
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common import random_llm, rates
-from benchmarks.profiles import Kernel, keep_names, median_step, profile
+from benchmarks.profiles import Kernel, keep_names, median_step, name_of, profile
 from benchmarks.roofline import costs, reached, table
-from benchmarks.workloads import SHAPES, Work
+from benchmarks.workloads import SHAPES, Shape, Work
 from jaxengine.step import SlotWrite, StepInputs, packed_size, unpack
+
+# XLA's own kernel for a small sum is a fusion named after jax's operation.
+COLLECTIVE = re.compile(r"nccl|psum|all.?(reduce|gather|to.?all)|reduce.?scatter|collective|permute", re.IGNORECASE)
 
 
 def step_inputs(runner: Any, work: Work, seed: int = 0) -> tuple[StepInputs, StepInputs]:
@@ -102,6 +106,31 @@ def profile_step(runner: Any, work: Work, steps: int = 10) -> list[list[Kernel]]
     return profile(runner, inputs, steps)
 
 
+def by_name(steps: Sequence[Sequence[Kernel]]) -> list[tuple[str, float, float]]:
+    """(kernel without its number, calls a step, microseconds a step) of profiled steps, the most costly first."""
+    spent: defaultdict[str, list[float]] = defaultdict(list)
+    for kernel in (kernel for step in steps for kernel in step):
+        spent[name_of(kernel.name)].append(kernel.us)
+    found = [(name, len(us) / len(steps), sum(us) / len(steps)) for name, us in spent.items()]
+    return sorted(found, key=lambda kernel: -kernel[2])
+
+
+def in_collectives(kernels: list[tuple[str, float, float]], shape: Shape, work: Work, devices: int) -> dict[str, Any]:
+    """What of a profiled step is spent in collectives over so many devices, waiting for the others included, beside the
+    bytes that each sends for two sums a layer and the embedding's; GB/s of that."""
+    found = [kernel for kernel in kernels if COLLECTIVE.search(kernel[0])]
+    us, rows = sum(us for *_, us in found), work.rows + work.prompts * work.tokens
+    sent = (2 * shape.num_layers + 1) * 2 * (devices - 1) / devices * rows * shape.hidden_size * 2
+    return {
+        "kernels_us": sum(us for *_, us in kernels),
+        "collectives_us": us,
+        "collectives": sum(count for _, count, _ in found),
+        "sent_bytes": sent,
+        "GB/s": sent / us / 1e3 if us else 0.0,
+        "names": [f"{name[:60]}: {count:.0f} x {us / count:.1f} us" for name, count, us in found[:5]],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama8b", choices=SHAPES)
@@ -114,8 +143,7 @@ def main() -> None:
 
     keep_names()
     shape = SHAPES[args.model]
-    bandwidth, flops = rates(2**32, 8192)
-    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s, matrix products {flops / 1e12:.0f} TFLOP/s", flush=True)
+    bandwidth, flops = rates()
     options = {"attention": args.attention, "max_model_len": args.max_model_len, "max_num_seqs": args.max_num_seqs}
     with random_llm(args.model, **options) as llm:
         runner = llm._runner
@@ -128,14 +156,8 @@ def main() -> None:
         for name in filter(None, args.profile.split(",")):
             kernels = median_step(profile_step(runner, work := Work.parse(name)))
             print(f"{name}\n{table(reached(kernels, costs(shape, work), bandwidth, flops), kernels)}")
-            spent: defaultdict[str, float] = defaultdict(float)
-            calls: Counter[str] = Counter()
-            for kernel in kernels:
-                plain = re.sub(r"[._]?\d+$", "", re.sub(r"[._]?\d+$", "", kernel.name))
-                spent[plain] += kernel.us
-                calls[plain] += 1
-            for plain, us in sorted(spent.items(), key=lambda item: -item[1])[:40]:
-                print(f"{us:9.1f} us {calls[plain]:4} x {us / calls[plain]:8.2f}  {plain[:110]}")
+            for plain, count, us in by_name([kernels])[:40]:
+                print(f"{us:9.1f} us {count:4.0f} x {us / count:8.2f}  {plain[:110]}")
 
 
 if __name__ == "__main__":

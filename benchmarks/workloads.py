@@ -73,6 +73,7 @@ class Shape:
 
 
 SHAPES = {
+    "llama70b": Shape("llama", 8192, 28672, 80, 64, 8, 128, 128256, False, 500_000.0, 8.0),
     "llama8b": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False, 500_000.0, 8.0),
     "llama3b": Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True, 500_000.0, 32.0),
     "llama1b": Shape("llama", 2048, 8192, 16, 32, 8, 64, 128256, True, 500_000.0, 32.0),
@@ -109,7 +110,14 @@ WORKLOADS = {
 
 
 def requests(name: str, vocab_size: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
-    """Prompts as token ids, and how many tokens each is to give. The order of the draws is part of the contract."""
+    """Prompts as token ids, and how many tokens each is to give. The order of the draws is part of the contract.
+
+    `bs64:32` is `bs64` with 32 output tokens of each request.
+    """
+    name, _, output = name.partition(":")
+    if output:
+        prompts, _ = requests(name, vocab_size, seed)
+        return prompts, [int(output)] * len(prompts)
     work, rng = WORKLOADS[name], random.Random(seed)
     if name == "nano":  # the set of nano-vllm's bench.py, request for request
         prompts = [[rng.randint(0, 10_000) % vocab_size for _ in range(rng.randint(*work.prompt))] for _ in range(256)]
@@ -120,14 +128,22 @@ def requests(name: str, vocab_size: int, seed: int = 0) -> tuple[list[list[int]]
 
 
 def floor_seconds(
-    shape: Shape, prompts: Sequence[Sequence[int]], outputs: Sequence[int], bandwidth: float, flops: float
+    shape: Shape,
+    prompts: Sequence[Sequence[int]],
+    outputs: Sequence[int],
+    bandwidth: float,
+    flops: float,
+    devices: int = 1,
 ) -> float:
     """The time that no engine can beat in bfloat16: prompts at the rate of matrix products (operations/s), then the
-    weights once a step and each KV byte that a decoded token must read, at the read bandwidth (bytes/s)."""
+    weights once a step and each KV byte that a decoded token must read, at the read bandwidth (bytes/s).
+
+    Both rates are one device's; of several, each has its part of all that, and their links cost nothing.
+    """
     prefill = sum(map(len, prompts)) * 2 * shape.parameters_read / flops
     weights = (max(outputs) - 1) * 2 * shape.parameters_read
     kv = sum(length for prompt, n in zip(prompts, outputs) for length in range(len(prompt) + 1, len(prompt) + n))
-    return prefill + (weights + kv * shape.kv_bytes()) / bandwidth
+    return (prefill + (weights + kv * shape.kv_bytes()) / bandwidth) / devices
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from jaxengine.errors import WeightsDeletedError
 from jaxengine.handoff.rollout import Rollout
 from jaxengine.kv_cache import AXES
 from jaxengine.models import param_specs
-from jaxengine.sharding import LAYER, STAGE, create_mesh, gather, named_sharding, on_each_device
-from jaxengine.weights import load_params, open_checkpoint
+from jaxengine.sharding import LAYER, STAGE, ParamSpec, create_mesh, gather, named_sharding, on_each_device
+from jaxengine.weights import dummy, load_params, open_checkpoint
 from jaxengine.weights.checkpoint import read_config
 from tests.references import gguf_files, tiny
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, restrict
@@ -119,6 +119,21 @@ def check_places(llm, mesh):
     experts = runner.model.experts
     whole = len(experts.layers) if experts else int(runner.model.model_type == "gpt2")  # routers; learned positions
     assert sum(shares) == len(shares) - whole
+
+
+def test_random_weights_are_the_same_on_every_mesh_and_made_where_they_stay():
+    shapes = {"mlp": ParamSpec((96, 128), ("hidden", "mlp")), "down": ParamSpec((128, 96), ("mlp", "hidden")),
+              "embed": ParamSpec((64, 96), ("vocab", "hidden"))}  # fmt: skip
+    alone = dummy.random_params(shapes, "bfloat16", create_mesh(), seed=3)
+    for mesh in (create_mesh(4), create_mesh(2, data=2), create_mesh(2, stage=2)):
+        found = dummy.random_params(shapes, "bfloat16", mesh, seed=3)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, alone)
+        for spec in shapes.values():
+            program = dummy._program(spec.shape, "bfloat16", 0.0, spec.sharding(mesh))
+            text = program.lower(np.uint32(0), np.uint32(0)).compile().as_text()
+            sizes = [np.prod([*map(int, dims.split(","))]) for dims in re.findall(r"\w+\[([\d,]+)\]", text)]
+            assert max(sizes) == np.prod(spec.shape) / mesh.shape["tensor"]
+            assert not COLLECTIVE.search(text)
 
 
 @pytest.mark.parametrize(
