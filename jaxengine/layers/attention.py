@@ -13,7 +13,18 @@ from jaxengine.layers.ops import Implementation, ops
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "page", "offset", "tables", "lengths", "q_start", "q_len", "block_row", "block_start"],
+    data_fields=[
+        "positions",
+        "page",
+        "offset",
+        "tables",
+        "lengths",
+        "q_start",
+        "q_len",
+        "block_row",
+        "block_start",
+        "peers",
+    ],
     meta_fields=["layer_group", "implementation", "block_q"],
 )
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class AttentionInputs:
     layer_group: tuple[int, ...]  # static: the cache group of each layer
     implementation: Implementation  # static
     block_q: int  # static: tokens in a block
+    peers: jax.Array | None = None  # of the devices that split layers, see `layers.peers`; None: XLA sums for them
 
     def for_layer(self, i: int) -> "LayerInputs":
         group = self.layer_group[i]

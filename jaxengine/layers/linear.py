@@ -28,10 +28,14 @@ class Linear(nnx.Module):
         self.kernel_t = nnx.Param(params["kernel_t"]) if "kernel_t" in params else None
         self.bias = nnx.Param(params["bias"]) if "bias" in params else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [tokens, in] -> [tokens, out] in x's dtype."""
-        y = total(self._product(x, x.dtype), self.axis)
-        return y if self.bias is None else y + self.bias[...]
+    def __call__(self, x: jax.Array, partial: bool = False) -> jax.Array:
+        """x [tokens, in] -> [tokens, out] in x's dtype. `partial`: what this device adds to it, for others to sum."""
+        y = self._product(x, x.dtype)
+        y = y if partial else total(y, self.axis)
+        if self.bias is None:
+            return y
+        bias = self.bias[...]
+        return y + (jnp.where(jax.lax.axis_index(self.axis) == 0, bias, 0) if partial and self.axis else bias)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [rows, in] -> float32 [rows, out], never rounded to x's dtype on the way."""
