@@ -75,8 +75,7 @@ def all_reduce_rms_norm_reference(
     x: jax.Array, y: jax.Array, scale: jax.Array, axis, *, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     """The same as `all_reduce_rms_norm` in plain jax.numpy, inside a program over the mesh axis (or axes) `axis`."""
-    parts = jax.lax.all_gather(y.astype(jnp.float32), axis)
-    total = (x.astype(jnp.float32) + sum(parts)).astype(x.dtype)
+    total = (x.astype(jnp.float32) + jax.lax.psum(y.astype(jnp.float32), axis)).astype(x.dtype)
     wide = total.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return total, wide.astype(x.dtype) * scale

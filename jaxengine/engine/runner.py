@@ -342,7 +342,8 @@ class Runner:
         def next_tokens(carry, number):
             cache, tokens = carry
             at = inputs(rows, number)
-            x, cache = model.run_layers(model.embed(tokens, at.positions), at, cache)
+            x = model.embed(tokens, at.positions) if peers is None else model.embed(tokens, at.positions, partial=True)
+            x, cache = model.run_layers(x, at, cache)
             drawn = draw(rows, x, number)
             return (cache, drawn), drawn
 

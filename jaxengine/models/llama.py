@@ -164,13 +164,16 @@ class Model(nnx.Module):
         self.norm = RMSNorm(params["norm"], config.norm_eps)
         self.lm_head = Linear(params["lm_head"]) if "lm_head" in params else None
 
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """tokens int32 [T], positions int32 [T] -> [T, hidden]."""
-        return self.embed_tokens(tokens)
+    def embed(self, tokens: jax.Array, positions: jax.Array, partial: bool = False) -> jax.Array:
+        """tokens int32 [T], positions int32 [T] -> [T, hidden]; `partial`: this device's part, as `run_layers` wants it
+        with peers.
+        """
+        return self.embed_tokens(tokens, partial)
 
     def run_layers(self, x: jax.Array, inputs: AttentionInputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """x [T, hidden] -> the same shape, and the cache with these tokens in it."""
-        layers, residual = [], Residual(x, jnp.zeros_like(x))
+        nothing = jnp.zeros_like(x)
+        layers, residual = [], Residual(x, nothing) if inputs.peers is None else Residual(nothing, x)
         for i, layer in enumerate(self.layers):
             residual, written = run_layer(*nnx.split(layer), residual, inputs.for_layer(i), cache.layer(i))
             layers.append(written)
