@@ -1,12 +1,12 @@
 """The sum of all devices' products, added to the residual stream and normalized, in one kernel over peers' memory.
 
-A collective of XLA's costs a decode step 20 to 30 us, and its host as much. Here each device stores its rows straight
-into memory of the others (NVLink, one process), four bytes of data beside four of a number that rises with each call,
-and waits for theirs: eight bytes arrive together, so data need no flag of their own and no fence. XLA sees neither the
-addresses nor the writes; the kernel is one node of a CUDA graph like any other.
+A collective of XLA's costs a decode step 20 to 30 us on the device and as much on the host. Here each device stores its
+rows into workspaces of the others (one process, NVLink), four bytes of data beside four that count its calls, and waits
+for theirs. Eight bytes arrive together, so data need neither a flag of their own nor a fence (NCCL's protocol LL). XLA
+sees neither the addresses nor the writes: for it the kernel is one like any other, and a node of its CUDA graphs.
 
-Why no two calls meet in a slot: slots alternate between two halves. A device that writes a row of call n + 2 has ended
-n + 1, so it had the others' rows of n + 1, which they sent after they had read all of n.
+Why no two calls meet in a slot: they take two halves in turn. A device that writes a row of call n + 2 has ended call
+n + 1, so it had that row from all others, who had sent it after the end of n.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class TuningConfig:
 
 
 def workspace_words(devices: int, rows: int, row_bytes: int) -> int:
-    """int32 words of the memory that each device needs, zeros before the first call."""
+    """int32 words of the memory that each device needs: zeros before the first call."""
     return (_header(rows) + 2 * devices * rows * 2 * row_bytes) // 4
 
 
@@ -72,9 +72,9 @@ def all_reduce_rms_norm(
 
 
 def all_reduce_rms_norm_reference(
-    x: jax.Array, y: jax.Array, scale: jax.Array, axis, *, eps: float
+    x: jax.Array, y: jax.Array, scale: jax.Array, axis: str | tuple[str, ...], *, eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The same as `all_reduce_rms_norm` in plain jax.numpy, inside a program over the mesh axis (or axes) `axis`."""
+    """The same as `all_reduce_rms_norm` in plain jax.numpy, inside a program over `axis` of a mesh."""
     total = (x.astype(jnp.float32) + jax.lax.psum(y.astype(jnp.float32), axis)).astype(x.dtype)
     wide = total.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
@@ -82,7 +82,7 @@ def all_reduce_rms_norm_reference(
 
 
 def _header(rows):
-    """Bytes of the rows' counters, before the slots."""
+    """Bytes of the rows' counters of calls; slots come after."""
     return (rows + 31) // 32 * 128
 
 
@@ -94,100 +94,101 @@ def _kernel(x_ref, y_ref, scale_ref, peers_ref, sum_ref, norm_ref, *, eps: float
         plt.load(ref, mask=mask, other=None if mask is None else 0)
         for ref in (x_ref.at[row, e], y_ref.at[row, e], scale_ref.at[e])
     )
-    rank, rows = peers_ref[devices, 0], peers_ref[devices, 1]
-    own = peers_ref[0, 0], peers_ref[0, 1]
+    own, rank, rows = (peers_ref[0, 0], peers_ref[0, 1]), peers_ref[devices, 0], peers_ref[devices, 1]
     counter = jnp.broadcast_to(row * 4, (1,))
-    call = _asm(COUNT, counter, *own, counter, counter) + 1
+    call = _asm(READ, counter, (*own, counter), jnp.int32) + 1
 
-    # A thread has two slots in turn: neighbours write neighbouring ones, first all of the first half of the row's.
-    row_slots = size * x_ref.dtype.itemsize // 8
-    slot = e * x_ref.dtype.itemsize // 8
-    place = slot % 2 * (row_slots // 2) + slot // 2
-
-    def slots(source):
-        """Where this row from a device lies; -1 for masked elements."""
-        row_start = (((call & 1) * devices + source) * rows + row) * row_slots
-        offsets = _header(rows) + (row_start + place) * 16
-        return offsets if mask is None else jnp.where(mask, offsets, -1)
-
-    sent, at = y, slots(rank)
+    # Sixteen bytes take two slots of sixteen, half a row's slots apart: neighbours then write to neighbouring ones.
+    half = size * x_ref.dtype.itemsize
+    apart = 2 * half * rows  # bytes between the rows of two devices
+    slots = _header(rows) + (call & 1) * devices * apart + row * 2 * half + e * x_ref.dtype.itemsize // 16 * 16
+    target = slots + rank * apart
+    if mask is not None:
+        slots, target = (jnp.where(mask, offset, -1) for offset in (slots, target))
     for peer in range(1, devices):
-        sent = _exchange(SEND, sent, peers_ref[peer, 0], peers_ref[peer, 1], at, call)
-    total = x.astype(jnp.float32)
-    parts = jnp.zeros_like(total)
-    for source in range(devices):
-        at = slots(source)
-        parts += _exchange(RECEIVE, sent, *own, jnp.where(source == rank, -1, at), call).astype(jnp.float32)
-    total = (total + parts).astype(x.dtype)
+        y = _asm(_send(half), y, (peers_ref[peer, 0], peers_ref[peer, 1], target, call), y.dtype)
+    parts = _asm(_receive(devices, half, y.dtype), y, (*own, slots, call, rank, apart), jnp.float32)
+
+    total = (x.astype(jnp.float32) + parts).astype(x.dtype)
     wide = total.astype(jnp.float32)
-    squares = jnp.broadcast_to((wide * wide).sum(), (1,))
-    # After that sum all threads have read the counter.
-    squares = _asm(COUNTED, squares, *own, counter, call)
+    # Nobody reads the counter after this sum, which all threads wait for.
+    squares = _asm(WRITE, jnp.broadcast_to((wide * wide).sum(), (1,)), (*own, counter, call), jnp.float32)
     normed = (wide * jax.lax.rsqrt(squares / size + eps)).astype(x.dtype)
     scaled = (normed.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)
     plt.store(sum_ref.at[row, e], total, mask=mask)
     plt.store(norm_ref.at[row, e], scaled, mask=mask)
 
 
-# -- PTX. What Triton calls elementwise must look like a function: stores return what they were given, and what has to
-# come after takes it.
+# -- PTX. To Triton these are functions of elements, which it may move or drop: what stores returns what it was given,
+# for what has to come later to take.
 
-ADDRESS = """
-.reg .b64 address, offset; .reg .pred p;
-mov.b64 address, {LOW, HIGH};
-cvt.u64.u32 offset, OFFSET;
-add.s64 address, address, offset;
+ADDRESS = """.reg .b64 address, offset; .reg .pred p;
+mov.b64 address, {LOW, HIGH}; cvt.u64.u32 offset, OFFSET; add.s64 address, address, offset;
 """
-COUNT = f"{{ {ADDRESS} ld.volatile.global.b32 $0, [address]; }}"
-COUNTED = f"{{ {ADDRESS} st.volatile.global.b32 [address], CALL; mov.b32 $0, DATA; }}"
-SEND = f"""{{ {ADDRESS}
-setp.ne.b32 p, OFFSET, -1;
+READ = ADDRESS + "ld.volatile.global.b32 OUT0, [address];"
+WRITE = ADDRESS + "st.volatile.global.b32 [address], CALL; mov.b32 OUT0, DATA0;"
+WIDEN = {  # both halves of a word to float32
+    "bfloat16": ("shl.b32 word, {0}, 16; mov.b32 f, word;", "and.b32 word, {0}, 0xffff0000; mov.b32 f, word;"),
+    "float16": ("mov.b32 {{h0, h1}}, {0}; cvt.f32.f16 f, h0;", "mov.b32 {{h0, h1}}, {0}; cvt.f32.f16 f, h1;"),
+    "float32": ("mov.b32 f, {0};",),
+}
+
+
+def _send(half: int) -> str:
+    """Data to their slots; those at offset -1 to none."""
+    return f"""{ADDRESS} setp.ne.b32 p, OFFSET, -1;
 @p st.volatile.global.v4.b32 [address], {{DATA0, CALL, DATA1, CALL}};
-mov.b32 $0, DATA0; mov.b32 $1, DATA1; }}"""
-RECEIVE = f"""{{ {ADDRESS}
-.reg .b32 data0, data1, call0, call1;
-mov.b32 data0, DATA0; mov.b32 data1, DATA1;
-setp.eq.b32 p, OFFSET, -1;
-@p bra done;
-wait:
-ld.volatile.global.v4.b32 {{data0, call0, data1, call1}}, [address];
-setp.ne.b32 p, call0, CALL;
-@p bra wait;
-setp.ne.b32 p, call1, CALL;
-@p bra wait;
-done:
-mov.b32 $0, data0; mov.b32 $1, data1; }}"""
+@p st.volatile.global.v4.b32 [address + {half}], {{DATA2, CALL, DATA3, CALL}};
+mov.b32 OUT0, DATA0; mov.b32 OUT1, DATA1; mov.b32 OUT2, DATA2; mov.b32 OUT3, DATA3;"""
 
 
-def _asm(code: str, data, low, high, offset, call):
-    """One instance for a scalar of 32 bits."""
-    names = {"DATA": "$1", "LOW": "$2", "HIGH": "$3", "OFFSET": "$4", "CALL": "$5"}
-    for name, operand in names.items():
-        code = code.replace(name, operand)
-    kind = "f" if data.dtype == jnp.float32 else "r"
-    [out] = plt.elementwise_inline_asm(
-        code,
-        args=[jnp.broadcast_to(arg, (1,)) for arg in (data, low, high, offset, call)],
-        constraints=f"=&{kind},{kind},r,r,r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(data.shape, data.dtype)],
+def _receive(devices: int, half: int, dtype) -> str:
+    """The sum over the devices, in their order, of what they sent and, of this one, the data; -1: nobody sent."""
+    code = (
+        ADDRESS
+        + """.reg .b64 apart; .reg .b32 word, missing; .reg .b16 h0, h1; .reg .f32 f; .reg .pred nothing;
+cvt.u64.u32 apart, APART; setp.eq.b32 nothing, OFFSET, -1;"""
     )
-    return out
+    words = [[f"word{device}_{i}" for i in range(4)] for device in range(devices)]
+    loads = compared = ""
+    for device, own in enumerate(words):
+        code += f"""
+.reg .b64 at{device}; .reg .pred from{device}; .reg .b32 {", ".join(f"{word}, call_{word}" for word in own)};
+mad.lo.u64 at{device}, apart, {device}, address;
+setp.ne.b32 from{device}, RANK, {device}; @nothing setp.ne.b32 from{device}, 0, 0;"""
+        code += "".join(f" mov.b32 {word}, DATA{i}; mov.b32 call_{word}, CALL;" for i, word in enumerate(own))
+        for place, (a, b) in (("", own[:2]), (f" + {half}", own[2:])):
+            loads += f"\n@from{device} ld.volatile.global.v4.b32 {{{a}, call_{a}, {b}, call_{b}}}, [at{device}{place}];"
+        for word in own:
+            compared += f"\nxor.b32 word, call_{word}, CALL; or.b32 missing, missing, word;"
+    code += f"\nwait: mov.b32 missing, 0;{loads}{compared}\nsetp.ne.b32 p, missing, 0; @p bra wait;"
+    widen = WIDEN[dtype.name]
+    for i, each in enumerate(zip(*words, strict=True)):
+        for j, template in enumerate(widen):
+            out = f"OUT{i * len(widen) + j}"
+            for device, word in enumerate(each):
+                add = f"add.f32 {out}, {out}, f;" if device else f"mov.b32 {out}, f;"
+                code += f"\n{template.format(word)} {add}"
+    return code
 
 
-def _exchange(code: str, data, low, high, offsets, call):
-    """One instance for each eight bytes of data, which take a slot of sixteen."""
-    pack = 8 // data.dtype.itemsize
-    names = {"DATA0": "$2", "DATA1": "$3"}
-    names |= {name: f"${4 + i * pack}" for i, name in enumerate(("LOW", "HIGH", "OFFSET", "CALL"))}
-    for name, operand in names.items():
-        code = code.replace(name, operand)
-    low, high, call = (jnp.broadcast_to(scalar, data.shape) for scalar in (low, high, call))
-    [out] = plt.elementwise_inline_asm(
-        code,
-        args=[data, low, high, offsets, call],
-        constraints=",".join(["=&r"] * 2 + ["r"] * (2 + 4 * pack)),
+def _asm(code: str, data: jax.Array, scalars: tuple, dtype) -> jax.Array:
+    """`code` for each sixteen bytes of `data`, or for one word of them; scalars are those of `data`'s first element."""
+    words = 4 if data.size > 1 else 1
+    pack = max(1, words * 4 // data.dtype.itemsize) if data.size > 1 else 1
+    outs = max(1, pack * jnp.dtype(dtype).itemsize // 4)
+    names = [f"OUT{i}" for i in range(outs)] + [f"DATA{i}" for i in range(words)]
+    operands = {name: f"${i}" for i, name in enumerate(names)}
+    fields = ("LOW", "HIGH", "OFFSET", "CALL", "RANK", "APART")
+    operands |= {name: f"${len(names) + i * pack}" for i, name in enumerate(fields[: len(scalars)])}
+    for name in reversed(operands):  # OUT10 before OUT1
+        code = code.replace(name, operands[name])
+    out, given = ("f" if of == jnp.float32 else "r" for of in (dtype, data.dtype))
+    [result] = plt.elementwise_inline_asm(
+        f"{{ {code} }}",
+        args=[data, *(jnp.broadcast_to(scalar, data.shape) for scalar in scalars)],
+        constraints=",".join([f"=&{out}"] * outs + [given] * words + ["r"] * pack * len(scalars)),
         pack=pack,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(data.shape, data.dtype)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(data.shape, dtype)],
     )
-    return out
+    return result
