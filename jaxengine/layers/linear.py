@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxengine.sharding import Axis, total
+from jaxengine.sharding import Axis, once, total
 
 FEW_TOKENS = 64  # up to so many, a CPU multiplies [out, in] by [in, tokens] faster than [tokens, in] by [in, out]
 
@@ -35,7 +35,7 @@ class Linear(nnx.Module):
         if self.bias is None:
             return y
         bias = self.bias[...]
-        return y + (jnp.where(jax.lax.axis_index(self.axis) == 0, bias, 0) if partial and self.axis else bias)
+        return y + (once(bias, self.axis) if partial else bias)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [rows, in] -> float32 [rows, out], never rounded to x's dtype on the way."""
