@@ -30,7 +30,7 @@ from jaxengine.engine.device_weights import DeviceWeights
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
 from jaxengine.layers import pipeline
 from jaxengine.layers.attention import AttentionInputs, Implementation
-from jaxengine.layers.peers import create_peers, linked, peers_sharding
+from jaxengine.layers.peers import create_peers, linked, peer_rows, peers_sharding
 from jaxengine.layers.pooling import pooled_sums
 from jaxengine.models import sums_over_peers
 from jaxengine.request import MAX_LOGIT_BIAS
@@ -56,7 +56,6 @@ from jaxengine.step import (
 logger = logging.getLogger(__name__)
 SLOT_BATCH = 8  # slots written by one call
 COMPILERS = 2  # programs compiled beside one another: each takes memory of the device, see memory.compiling_bytes
-PEER_ROWS = 64  # of a decode step, up to which devices sum through each other's memory: see benchmarks/README.md
 CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
 
 
@@ -109,7 +108,8 @@ class Runner:
         self.weights = DeviceWeights(model, params, max_model_len, mesh, borrowed)
         self.vocab_size, self.shards, self.stages = model.vocab_size, mesh.shape[DATA], mesh.shape[STAGE]
         self._row_bytes = model.hidden_size * self.weights.leaves[0].dtype.itemsize
-        self._uses_peers = self.stages == 1 and self._row_bytes % 16 == 0 and sums_over_peers(model) and linked(mesh)
+        uses_peers = self.stages == 1 and sums_over_peers(model) and linked(mesh)
+        self._peer_rows = min(buckets.rows[-1], peer_rows(mesh, self._row_bytes)) if uses_peers else 0
         self._gathers = self.shards > 1 and mesh.is_multi_process  # else a process could not read all shards' results
         self._programs: dict[tuple, Any] = {}
         self._compiling: dict[tuple, Future] = {}
@@ -139,7 +139,7 @@ class Runner:
             array((slots, MAX_LOGIT_BIAS), jnp.int32, -1),
             array((slots, MAX_LOGIT_BIAS), jnp.float32),
         )
-        self._peers = create_peers(self.mesh, PEER_ROWS, self._row_bytes) if self._uses_peers else ()
+        self._peers = create_peers(self.mesh, self._peer_rows, self._row_bytes) if self._peer_rows else ()
 
     def sleep(self, level: int) -> None:
         """Gives up cache and slots (1), and the weights too (2); programs stay. `reset` makes the former again."""
@@ -321,7 +321,7 @@ class Runner:
         rows = tuple(table[slots] for table in tables), ints[slots], floats[slots], step["lengths"], step["counts"]
         tokens = jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
         model = self.weights.module(leaves)
-        peers = peers[0][0] if peers and bucket.rows <= PEER_ROWS else None
+        peers = peers[0][0] if peers and bucket.rows <= self._peer_rows else None
 
         def lengths_in(rows, number):
             *_, lengths, counts = rows

@@ -12,6 +12,7 @@ from jaxengine.sharding import LAYER, axis_size
 from pallas_kernels import workspace_words
 
 NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: over NVLink they are, over PCIe not
+SENT_BYTES = 2**22  # two H200s were quicker than XLA's all-reduce up to there, see benchmarks/README.md
 
 
 def linked(mesh: Mesh) -> bool:
@@ -26,6 +27,11 @@ def linked(mesh: Mesh) -> bool:
             if failed or not supported.value:
                 return False
     return True
+
+
+def peer_rows(mesh: Mesh, row_bytes: int) -> int:
+    """The rows of a step up to which a device rather sends them to all others than has XLA sum them."""
+    return SENT_BYTES // (row_bytes * (axis_size(mesh, LAYER) - 1)) if row_bytes % 16 == 0 else 0
 
 
 def peers_sharding(mesh: Mesh) -> NamedSharding:
