@@ -30,7 +30,7 @@ from jaxengine.engine.device_weights import DeviceWeights
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
 from jaxengine.layers import pipeline
 from jaxengine.layers.attention import AttentionInputs, Implementation
-from jaxengine.layers.peers import create_peers, linked, peer_rows, peers_sharding
+from jaxengine.layers.peers import create_peers, linked, own, peer_rows, peers_sharding
 from jaxengine.layers.pooling import pooled_sums
 from jaxengine.models import sums_over_peers
 from jaxengine.request import MAX_LOGIT_BIAS
@@ -179,7 +179,7 @@ class Runner:
         if inputs.kind == "decode":
             key = (inputs.bucket, inputs.mode)
             self._cache, last, tables, tokens = self._run(
-                "decode", key, self.weights.leaves, self._cache, *self._slots, self._peers[1:], inputs.packed
+                "decode", key, self.weights.leaves, self._cache, *self._slots, self._peers, inputs.packed
             )
             self._slots = self._slots._replace(last_token=last, tables=tables)
             return Flight({"tokens": tokens}, (), inputs.order)
@@ -321,7 +321,7 @@ class Runner:
         rows = tuple(table[slots] for table in tables), ints[slots], floats[slots], step["lengths"], step["counts"]
         tokens = jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
         model = self.weights.module(leaves)
-        peers = peers[0][0] if peers and bucket.rows <= self._peer_rows else None
+        peers = own(peers) if peers and bucket.rows <= self._peer_rows else None
 
         def lengths_in(rows, number):
             *_, lengths, counts = rows
@@ -471,7 +471,7 @@ class Runner:
         mask = np.zeros(rules.mask.shape[1], np.uint32)
         match name:
             case "decode":
-                return leaves, self._cache, *slots, self._peers[1:], packed()
+                return leaves, self._cache, *slots, self._peers, packed()
             case "head":
                 rows = hidden(self.buckets.max_num_seqs)
                 return leaves, rows, *slots, rules if key[1] == "everything" else (), packed()

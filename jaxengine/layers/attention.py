@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxengine.kv_cache import LayerCache
 from jaxengine.layers.norm import RMSNorm
 from jaxengine.layers.ops import Implementation, ops
+from jaxengine.layers.peers import Peers
 
 
 @partial(
@@ -47,7 +48,7 @@ class AttentionInputs:
     layer_group: tuple[int, ...]  # static: the cache group of each layer
     implementation: Implementation  # static
     block_q: int  # static: tokens in a block
-    peers: jax.Array | None = None  # of the devices that split layers, see `layers.peers`; None: XLA sums for them
+    peers: Peers | None = None  # of the devices that split layers; None: XLA sums for them
 
     def for_layer(self, i: int) -> "LayerInputs":
         group = self.layer_group[i]

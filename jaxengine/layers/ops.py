@@ -48,7 +48,7 @@ def ops(implementation: Implementation) -> Ops:
     found = Ops(*(getattr(kernels, name + suffix) for name in Ops._fields))
     if implementation == "reference":
 
-        def of_layers(x, y, scale, peers, *, eps):
+        def of_layers(x, y, scale, addresses, workspace, *, eps):
             return kernels.all_reduce_rms_norm_reference(x, y, scale, LAYER, eps=eps)
 
         return found._replace(all_reduce_rms_norm=of_layers)
@@ -69,7 +69,7 @@ def _add_rms_norm(x, y, scale, *, eps) -> tuple[jax.Array, jax.Array]:
     return stream, rms_norm(stream, scale, eps)
 
 
-def _all_reduce_rms_norm(x, y, scale, peers, *, eps) -> tuple[jax.Array, jax.Array]:
+def _all_reduce_rms_norm(x, y, scale, addresses, workspace, *, eps) -> tuple[jax.Array, jax.Array]:
     return _add_rms_norm(x, total(y, LAYER), scale, eps=eps)
 
 

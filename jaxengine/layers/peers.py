@@ -2,6 +2,7 @@
 
 import ctypes
 from itertools import permutations
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxengine.sharding import LAYER, axis_size
-from pallas_kernels import workspace_words
+from pallas_kernels.all_reduce_rms_norm import EMPTY, workspace_words
 
 NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: over NVLink they are, over PCIe not
 SENT_BYTES = 2**22  # two H200s were quicker than XLA's all-reduce up to there, see benchmarks/README.md
+
+
+class Peers(NamedTuple):
+    """Of each device, or of one inside a program: see `all_reduce_rms_norm`."""
+
+    addresses: jax.Array  # int32 [(mesh devices,) layer's devices + 1, 2]
+    workspace: jax.Array  # int32 [(mesh devices,) words]
 
 
 def linked(mesh: Mesh) -> bool:
@@ -31,7 +39,9 @@ def linked(mesh: Mesh) -> bool:
 
 def peer_rows(mesh: Mesh, row_bytes: int) -> int:
     """The rows of a step up to which a device rather sends them to all others than has XLA sum them."""
-    return SENT_BYTES // (row_bytes * (axis_size(mesh, LAYER) - 1)) if row_bytes % 16 == 0 else 0
+    if row_bytes % 16 or row_bytes < 512:
+        return 0
+    return SENT_BYTES // (row_bytes * (axis_size(mesh, LAYER) - 1))
 
 
 def peers_sharding(mesh: Mesh) -> NamedSharding:
@@ -39,20 +49,23 @@ def peers_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def create_peers(mesh: Mesh, rows: int, row_bytes: int) -> tuple[jax.Array, jax.Array]:
-    """The devices' workspaces, int32 [devices, words], and the `peers` of each, int32 [devices, of a layer + 1, 2].
-
-    XLA knows nothing of what is written to the former: they must outlive each program that is given the latter, and
-    must be neither donated nor read.
+def create_peers(mesh: Mesh, rows: int, row_bytes: int) -> Peers:
+    """For steps of so many rows at most. XLA knows nothing of what is written to the workspaces: read them not, nor
+    donate them.
     """
     count, place = axis_size(mesh, LAYER), peers_sharding(mesh)
-    workspaces = jnp.zeros((mesh.size, workspace_words(count, rows, row_bytes)), jnp.int32, device=place)
-    workspaces.block_until_ready()  # zeros must not come after what a peer writes
-    address = {shard.device: shard.data.unsafe_buffer_pointer() for shard in workspaces.addressable_shards}
-    peers = [
+    workspace = jnp.full((mesh.size, workspace_words(count, rows, row_bytes)), EMPTY, jnp.int32, device=place)
+    workspace.block_until_ready()  # or it could come after what a peer writes
+    address = {shard.device: shard.data.unsafe_buffer_pointer() for shard in workspace.addressable_shards}
+    addresses = [
         [*(address[device] for device in np.roll(group, -rank)), rank + (rows << 32)]
         for group in mesh.devices.reshape(-1, count)
         for rank in range(count)
     ]
-    halves = np.array(peers, "<u8").view("<i4").reshape(mesh.size, count + 1, 2)
-    return workspaces, jax.device_put(halves, place)
+    halves = np.array(addresses, "<u8").view("<i4").reshape(mesh.size, count + 1, 2)
+    return Peers(jax.device_put(halves, place), workspace)
+
+
+def own(peers: Peers) -> Peers:
+    """Inside a program that each device runs on its share: this device's."""
+    return Peers(*(array.reshape(array.shape[1:]) for array in peers))

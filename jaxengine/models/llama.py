@@ -121,7 +121,7 @@ class Residual(NamedTuple):
         op, scale = ops(step.implementation), norm.scale[...]
         if step.peers is None:
             return op.add_rms_norm(*self, scale, eps=norm.eps)
-        return op.all_reduce_rms_norm(*self, scale, step.peers, eps=norm.eps)
+        return op.all_reduce_rms_norm(*self, scale, *step.peers, eps=norm.eps)
 
 
 class Layer(nnx.Module):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxengine.layers.peers import create_peers, linked, peers_sharding
+from jaxengine.layers.peers import create_peers, linked, own, peers_sharding
 from jaxengine.sharding import LAYER, create_mesh
 from pallas_kernels import all_reduce_rms_norm, all_reduce_rms_norm_reference, workspace_words
+from pallas_kernels.all_reduce_rms_norm import EMPTY
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")]
 
@@ -41,11 +42,11 @@ def check_close(found, wanted, dtype):
 def test_a_device_that_is_its_own_peer(rows, size, dtype, devices):
     """A peer's workspace is its own, further on by as much as makes what it sends come from that peer."""
     row_bytes = size * jnp.dtype(dtype).itemsize
-    apart = 2 * row_bytes * ROWS
-    workspace = jnp.zeros(workspace_words(devices, ROWS, row_bytes) + devices * apart // 4, jnp.int32)
+    apart = row_bytes * ROWS
+    workspace = jnp.full(workspace_words(devices, ROWS, row_bytes) + devices * apart // 4, EMPTY, jnp.int32)
     begin = workspace.block_until_ready().unsafe_buffer_pointer()
-    addresses = [begin + peer * apart for peer in range(devices)]
-    peers = jnp.asarray(np.array([*addresses, ROWS << 32], "<u8").view("<i4").reshape(-1, 2))
+    halves = np.array([*(begin + peer * apart for peer in range(devices)), ROWS << 32], "<u8").view("<i4")
+    addresses = jnp.asarray(halves.reshape(-1, 2))
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     reference = jax.shard_map(
         partial(all_reduce_rms_norm_reference, axis="x", eps=1e-5), mesh=mesh,
@@ -53,9 +54,10 @@ def test_a_device_that_is_its_own_peer(rows, size, dtype, devices):
     )  # fmt: skip
     for call in range(CALLS):
         x, y, scale = drawn(call, dtype, (rows, size), (rows, size), (size,))
-        found = all_reduce_rms_norm(x, y, scale, peers, eps=1e-5)
+        found = all_reduce_rms_norm(x, y, scale, addresses, workspace, eps=1e-5)
         check_close(found, reference(x, y * devices, scale), dtype)
-    assert np.asarray(workspace)[: rows + 1].tolist() == [CALLS] * rows + [0]
+    assert np.asarray(workspace)[:rows].tolist() == [CALLS - 1] * rows
+    assert (np.asarray(workspace)[rows:] == EMPTY).all()
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
@@ -64,14 +66,14 @@ def test_several_devices(rows, size, dtype):
     """Each call's result goes into the next, as in a step."""
     mesh = create_mesh(jax.device_count())
     assert linked(mesh)
-    workspaces, peers = create_peers(mesh, ROWS, size * jnp.dtype(dtype).itemsize)
+    peers = create_peers(mesh, ROWS, size * jnp.dtype(dtype).itemsize)
     each, whole = peers_sharding(mesh), PartitionSpec()
 
     def run(x, y, scale, peers):
         found = wanted = x, y[0]
         for _ in range(CALLS):
             wanted = all_reduce_rms_norm_reference(found[0], found[1], scale, LAYER, eps=1e-5)
-            found = all_reduce_rms_norm(*found, scale, peers[0], eps=1e-5)
+            found = all_reduce_rms_norm(*found, scale, *own(peers), eps=1e-5)
         return tuple(array[None] for array in (*found, *wanted))
 
     program = jax.jit(
@@ -84,4 +86,20 @@ def test_several_devices(rows, size, dtype):
         found = [np.asarray(array) for array in program(x, jax.device_put(y, each), scale, peers)]
         check_close(found[:2], found[2:], dtype)
         assert all((array == array[0]).all() for array in found[:2])
-    assert (np.asarray(workspaces)[:, :rows] == CALLS**2).all()
+    words = np.asarray(peers.workspace)
+    assert (words[:, :rows] == CALLS**2 - 1).all() and (words[:, rows:] == EMPTY).all()
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
+def test_data_with_all_bits_set_arrive():
+    mesh = create_mesh(jax.device_count())
+    peers = create_peers(mesh, ROWS, 8192)
+    each, whole = peers_sharding(mesh), PartitionSpec()
+    y = jnp.full((mesh.size, 2, 4096), -1, jnp.int16).view(jnp.bfloat16).at[:, 1].set(1)
+
+    def run(x, y, peers):
+        return all_reduce_rms_norm(x, y[0], x[0], *own(peers), eps=1e-5)[0]
+
+    program = jax.shard_map(run, mesh=mesh, in_specs=(whole, each.spec, each.spec), out_specs=whole, check_vma=False)
+    found = np.asarray(jax.jit(program)(jnp.ones((2, 4096), jnp.bfloat16), jax.device_put(y, each), peers), np.float32)
+    assert np.isnan(found[0]).all() and (found[1] == 1 + mesh.size).all()

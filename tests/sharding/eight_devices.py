@@ -180,7 +180,7 @@ def test_the_same_answers_with_peers(family, experts, devices, attention, monkey
     with make_llm(family, devices // experts, experts, attention=attention) as llm:
         check_answers(family, llm)
         check_collectives(llm)
-        assert {None if peers is None else peers.shape for peers in seen} == {None, (devices + 1, 2)}
+        assert {None if peers is None else peers.addresses.shape for peers in seen} == {None, (devices + 1, 2)}
         llm.sleep(1)
         llm.wake_up()
         check_answers(family, llm)
