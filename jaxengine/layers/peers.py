@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxengine.sharding import LAYER, axis_size
-from pallas_kernels.all_reduce_rms_norm import EMPTY, workspace_words
 
 NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: over NVLink they are, over PCIe not
 SENT_BYTES = 2**22  # two H200s were quicker than XLA's all-reduce up to there, see benchmarks/README.md
@@ -53,6 +52,8 @@ def create_peers(mesh: Mesh, rows: int, row_bytes: int) -> Peers:
     """For steps of so many rows at most. XLA knows nothing of what is written to the workspaces: read them not, nor
     donate them.
     """
+    from pallas_kernels.all_reduce_rms_norm import EMPTY, workspace_words  # what only GPUs need takes time to import
+
     count, place = axis_size(mesh, LAYER), peers_sharding(mesh)
     workspace = jnp.full((mesh.size, workspace_words(count, rows, row_bytes)), EMPTY, jnp.int32, device=place)
     workspace.block_until_ready()  # or it could come after what a peer writes
