@@ -15,6 +15,7 @@ from benchmarks.workloads import Shape, Work
 OPS = {
     "embed": "embedding",
     "add_rms_norm": "norms",
+    "all_reduce_rms_norm": "norms",
     "norm": "norms",
     "qkv_proj": "q k v",
     "rope_write": "rotation, KV write",

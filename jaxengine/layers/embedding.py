@@ -16,11 +16,12 @@ class Embedding(nnx.Module):
         self.embedding, self.axis = nnx.Param(params["embedding"]), axis
 
     @jax.named_scope("embed")
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """ids int32 [tokens] -> [tokens, hidden]."""
+    def __call__(self, ids: jax.Array, partial: bool = False) -> jax.Array:
+        """ids int32 [tokens] -> [tokens, hidden]; `partial`: see `Linear`."""
         table = self.embedding[...]
         if self.axis is None:
             return table[ids]
         ids = ids - share_ids(len(table), self.axis)[0]
         own = (ids >= 0) & (ids < len(table))
-        return total(jnp.where(own[:, None], table[jnp.where(own, ids, 0)], 0), self.axis)
+        found = jnp.where(own[:, None], table[jnp.where(own, ids, 0)], 0)
+        return found if partial else total(found, self.axis)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxengine.sharding import Axis, total
+from jaxengine.sharding import Axis, once, total
 
 FEW_TOKENS = 64  # up to so many, a CPU multiplies [out, in] by [in, tokens] faster than [tokens, in] by [in, out]
 
@@ -28,10 +28,14 @@ class Linear(nnx.Module):
         self.kernel_t = nnx.Param(params["kernel_t"]) if "kernel_t" in params else None
         self.bias = nnx.Param(params["bias"]) if "bias" in params else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [tokens, in] -> [tokens, out] in x's dtype."""
-        y = total(self._product(x, x.dtype), self.axis)
-        return y if self.bias is None else y + self.bias[...]
+    def __call__(self, x: jax.Array, partial: bool = False) -> jax.Array:
+        """x [tokens, in] -> [tokens, out] in x's dtype. `partial`: what this device adds to it, for others to sum."""
+        y = self._product(x, x.dtype)
+        y = y if partial else total(y, self.axis)
+        if self.bias is None:
+            return y
+        bias = self.bias[...]
+        return y + (once(bias, self.axis) if partial else bias)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [rows, in] -> float32 [rows, out], never rounded to x's dtype on the way."""

@@ -14,7 +14,7 @@ from jaxengine.layers.embedding import Embedding
 from jaxengine.layers.linear import Linear, Projections
 from jaxengine.layers.norm import LayerNorm
 from jaxengine.models import llama
-from jaxengine.sharding import Axis, ParamSpec
+from jaxengine.sharding import Axis, ParamSpec, once
 
 
 def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -75,5 +75,6 @@ class Model(llama.Model):
         self.norm = LayerNorm(params["norm"], config.norm_eps)
         self.lm_head = Linear(params["lm_head"]) if "lm_head" in params else None
 
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        return self.embed_tokens(tokens) + self.embed_positions(positions)
+    def embed(self, tokens: jax.Array, positions: jax.Array, partial: bool = False) -> jax.Array:
+        place = self.embed_positions(positions)
+        return self.embed_tokens(tokens, partial) + (once(place, self.axis) if partial else place)
