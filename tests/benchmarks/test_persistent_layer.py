@@ -5,8 +5,8 @@ from functools import partial
 import jax
 import pytest
 
-from benchmarks.persistent_layer import engines, error, persistent, plan_of, random_layers
-from benchmarks.persistent_plan import Plan, layer_reference
+from benchmarks.persistent_layer.__main__ import engines, error, persistent, plan_of, random_layers
+from benchmarks.persistent_layer.plan import Plan, layer_reference
 from tests.pallas_kernels.lowering import lower_for_cuda
 
 TINY = partial(Plan, hidden=256, heads=4, kv_heads=2, dim=64, inner=256, programs=2, parts=2)

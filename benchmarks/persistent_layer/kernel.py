@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from benchmarks.mosaic_parts import (
+from benchmarks.persistent_layer.mosaic_parts import (
     SWIZZLE,
     WGMMA,
     load_heads,
@@ -34,7 +34,7 @@ from benchmarks.mosaic_parts import (
     store_transposed,
     wait,
 )
-from benchmarks.persistent_plan import (
+from benchmarks.persistent_layer.plan import (
     DOWN,
     GATE_UP,
     KEYS,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import rates, report
-from benchmarks.persistent_plan import PRODUCTS, ROWS, STAMPS, Inputs, Plan, factors, layer_reference
+from benchmarks.persistent_layer.plan import PRODUCTS, ROWS, STAMPS, Inputs, Plan, factors, layer_reference
 from benchmarks.workloads import SHAPES
 from jaxengine.layers.activation import ACTIVATIONS
 from jaxengine.layers.ops import Implementation, ops
@@ -72,7 +72,7 @@ def random_layers(plan: Plan, context: int, count: int, seed: int = 0) -> Layers
 
 def persistent(plan: Plan, weights: Sequence, pools: Sequence, rest: Inputs) -> tuple[list, list]:
     """All layers, each the kernel once -> its outputs and pools."""
-    from benchmarks.persistent_kernel import layer, new_state  # imports Mosaic GPU
+    from benchmarks.persistent_layer.kernel import layer, new_state  # imports Mosaic GPU
 
     state, outputs, written = new_state(plan), [], []
 
