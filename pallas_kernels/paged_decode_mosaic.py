@@ -1,0 +1,522 @@
+"""`paged_decode` for Hopper in Pallas Mosaic GPU: pages come by TMA, products run as wgmma.
+
+The tiles of keys of all rows and KV heads, one after the other, are dealt out evenly to streams: a few in each program,
+a program on each multiprocessor. So every stream reads as much as any other, however unlike the rows are. A stream is
+two warpgroups: the producer copies tile after tile of K and V to shared memory, far ahead, and the consumer attends.
+What a stream has of an item (a row and KV head) is a segment; where it is not all of the item, its result is partial,
+and a second, short kernel puts these together.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels import paged_tile as tile
+from pallas_kernels.paged_extend_mosaic import COPY_LAYOUT, ROWS, SWIZZLE, _clear_beyond, _multiprocessors
+
+ALIGN = 8  # rows of queries that TMA copies to swizzled shared memory together
+STAGED = 64  # columns of a partial result in shared memory at a time
+MIN_CUT = 256  # keys: shorter rows are not cut
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """How the work is cut; changes speed, and results only by rounding."""
+
+    block_kv: int  # keys in a tile
+    stages: int  # tiles of K and of V in shared memory, for each stream
+    consumers: int  # streams of a program
+    pdl: bool = False
+    part: str = ""
+
+    def __post_init__(self) -> None:
+        tile.check_tuning({"block_kv": self.block_kv}, {"stages": self.stages, "consumers": self.consumers})
+        if self.block_kv < 64:
+            raise ValueError(f"{self} must have a block_kv of at least 64")
+
+    @classmethod
+    def from_shapes(cls, q, k_pages) -> "TuningConfig":
+        """The choice for these arrays (or anything with their shapes and dtypes): what fits in shared memory."""
+        dim = q.shape[3]
+        return cls(64, 3, 1) if dim == 256 else cls(64, 3, 2) if dim == 128 else cls(64, 6, 2)
+
+
+class Settings(NamedTuple):
+    """What is known when the kernel is compiled, beside the shapes."""
+
+    queries: int
+    group: int
+    kv_heads: int
+    consumers: int
+    streams: int
+    cut: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+    simulated: bool
+    pdl: bool = False
+
+
+def _q_rows(of_item: int) -> int:
+    """The rows, a multiple of ALIGN from one on, that hold any item's queries."""
+    offset = ALIGN - min(ALIGN, of_item & -of_item)  # the largest
+    return pl.cdiv(offset + of_item, ALIGN) * ALIGN
+
+
+def supports(q, k_pages, v_pages, scale: float) -> bool:
+    """Whether the kernel takes these arrays (or anything with their shapes and dtypes)."""
+    rows, queries, heads, dim = q.shape
+    page_size = k_pages.shape[2]
+    return (
+        q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.dtype == k_pages.dtype == v_pages.dtype
+        and dim in (64, 128, 256)
+        and page_size >= 8
+        and not page_size & (page_size - 1)
+        and rows * queries * heads % ALIGN == 0
+        and _q_rows(queries * heads // k_pages.shape[1]) <= ROWS
+        and scale > 0  # the largest product is the largest score
+    )
+
+
+def paged_decode_mosaic(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    tuning: TuningConfig,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `paged_decode`, which checks the arguments, for cards of compute capability 9.0.
+
+    ValueError for what `supports` does not take. Interpret mode also checks for races, and is slow.
+    """
+    if not supports(q, k_pages, v_pages, scale):
+        raise ValueError(f"this kernel does not take {q.shape=} {q.dtype=} {k_pages.shape=} {k_pages.dtype=} {scale=}")
+    (pages, kv_heads, page_size, dim), dtype = k_pages.shape, q.dtype
+    rows, queries, heads, _ = q.shape
+    group, consumers, stages = heads // kv_heads, tuning.consumers, tuning.stages
+    of_item, programs = queries * group, _multiprocessors()
+    streams = programs * consumers
+    keys = page_table.shape[1] * page_size
+    if window is not None:
+        keys = min(keys, window + queries - 1 + page_size)
+    cut = keys > MIN_CUT
+    settings = Settings(
+        queries, group, kv_heads, consumers, streams, cut, scale, window, softcap, interpret, tuning.pdl
+    )
+    blocks = _blocks(lengths, queries, page_size, window, tuning.block_kv)[1]
+    work = _work(lengths, blocks, kv_heads, streams, cut)
+    # The queries of an item side by side.
+    q = q.reshape(rows, queries, kv_heads, group, dim).swapaxes(1, 2).reshape(-1, dim)
+    columns = SWIZZLE // dtype.itemsize
+    transforms: Any = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE))  # type: ignore[abstract]
+    swizzled = partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
+    kv = swizzled((consumers, stages, tuning.block_kv, dim))
+    copies = tuning.block_kv // min(page_size, tuning.block_kv)  # of a tile
+    loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=consumers * stages)
+    released = plgpu.Barrier(num_barriers=consumers * stages)
+    out_type = [jax.ShapeDtypeStruct(q.shape, dtype)]
+    if cut:
+        out_type += [jax.ShapeDtypeStruct((2 * streams, of_item, dim), jnp.float32),
+                     jax.ShapeDtypeStruct((2 * streams, ROWS), jnp.float32)]  # fmt: skip
+    out, *partial_results = plgpu.kernel(
+        partial(_kernel, settings),
+        out_type=out_type,
+        scratch_types=[
+            plgpu.RefUnion(
+                swizzled((consumers, ROWS, dim)),
+                plgpu.SMEM((consumers, ROWS, dim), dtype),
+                plgpu.SMEM((consumers, ROWS, min(dim, STAGED)), jnp.float32),
+            ),
+            plgpu.SMEM((consumers, ROWS), jnp.float32),
+            kv,
+            kv,
+            plgpu.Barrier(num_barriers=consumers),
+            loaded,
+            loaded,
+            released,
+            released,
+        ],
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=2 * consumers,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        kernel_name="paged_decode_mosaic",
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(work.streams, work.order, lengths, page_table, q,
+      k_pages.reshape(pages * kv_heads, page_size, dim), v_pages.reshape(pages * kv_heads, page_size, dim))  # fmt: skip
+    if cut:
+        whole = pl.BlockSpec(memory_space=pl.ANY)
+        out = pl.pallas_call(
+            partial(_combine_kernel, of_item=of_item, kv_heads=kv_heads),
+            out_shape=out_type[0],
+            grid=(rows, kv_heads),
+            in_specs=[whole] * 5,
+            out_specs=whole,
+            input_output_aliases={4: 0},
+            compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+            interpret=interpret,
+            name="paged_decode_combine",
+        )(work.parts, work.first_stream, *partial_results, out)
+    return out.reshape(rows, kv_heads, queries, group, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
+
+
+def _blocks(length, queries: int, page_size: int, window: int | None, block_kv: int):
+    """The first key that a row of this length looks at, and how many blocks there are from it on."""
+    base = tile.first_key(length - queries, window, page_size)
+    return base, tile.div(length - base + block_kv - 1, block_kv)
+
+
+class Work(NamedTuple):
+    """How the tiles of R rows are dealt out to S streams. Rows have a rank: those with tiles come first."""
+
+    order: jax.Array  # int32 [R]: the row of each rank
+    streams: jax.Array  # int32 [S, 8]: the fields of Stream
+    first_stream: jax.Array  # int32 [R, KH]: which has the item's first tile
+    parts: jax.Array  # int32 [R, KH]: how many have any
+
+
+class Stream(NamedTuple):
+    """Scalars. Item i is row order[i // KH], head i % KH."""
+
+    item: jax.Array  # its first
+    segments: jax.Array
+    begin: jax.Array  # of its first item, the first tile
+    end: jax.Array  # of its last item, the tile behind
+    row: jax.Array  # of its first item
+    length: jax.Array
+    items: jax.Array  # of all rows that have tiles
+
+
+def _work(lengths, blocks, kv_heads: int, streams: int, cut: bool) -> Work:
+    rows = lengths.shape[0]
+    index, live = jnp.arange(rows, dtype=jnp.int32), blocks > 0
+    before = (live[:, None] < live) | ((live[:, None] == live) & (index < index[:, None]))  # [r, other]
+    rank = before.sum(axis=1, dtype=jnp.int32)
+    order = jnp.max(jnp.where(rank == index[:, None], index, 0), axis=1)
+    count = live.sum(dtype=jnp.int32)
+    cost = jnp.where(live, 1, 0) if not cut else blocks
+    start = kv_heads * jnp.sum(jnp.where(before, cost, 0), axis=1, dtype=jnp.int32)
+    total = kv_heads * cost.sum(dtype=jnp.int32)
+    each, more = total // streams, total % streams
+    number = jnp.arange(streams + 1, dtype=jnp.int32)
+    bound = number * each + jnp.minimum(number, more)
+    # Where each bound lies; the last one behind the last item.
+    at = jnp.sum(live & (start <= bound[:, None]), axis=1, dtype=jnp.int32) - 1
+    mine = (rank == at[:, None]) & live
+    pick = lambda x: jnp.max(jnp.where(mine, x, 0), axis=1)  # noqa: E731
+    within, tiles, row = bound - pick(start), pick(cost), pick(index)
+    head, tile_number = within // jnp.maximum(tiles, 1), within % jnp.maximum(tiles, 1)
+    item = at * kv_heads + head
+    end = jnp.where(tile_number[1:] > 0, tile_number[1:], 2**30)
+    segments = item[1:] - item[:-1] + (tile_number[1:] > 0)
+    fields = Stream(item[:-1], segments, tile_number[:-1], end, row[:-1], lengths[row[:-1]],
+                    jnp.broadcast_to(count * kv_heads, (streams,)))  # fmt: skip
+    fields = jnp.stack([*fields, jnp.zeros_like(fields.item)], axis=1)
+    first = start[:, None] + jnp.arange(kv_heads, dtype=jnp.int32) * cost[:, None]
+
+    def stream_of(position):
+        larger = more * (each + 1)
+        return jnp.where(
+            position < larger, position // (each + 1), more + (position - larger) // jnp.maximum(each, 1)
+        )
+
+    first_stream = stream_of(first)
+    parts = jnp.where(live[:, None], stream_of(first + cost[:, None] - 1) - first_stream + 1, 1)
+    return Work(order, fields, first_stream, parts)
+
+
+class Refs(NamedTuple):
+    streams: Any  # [S, 8]
+    order: Any  # [R]
+    lengths: Any  # [R]
+    table: Any  # [R, W]
+    q: Any  # [items * of_item, D]
+    k: Any  # [pages * KH, page_size, D]
+    v: Any
+    out: Any  # as q
+    partial: Any  # [2 * S, of_item, D]
+    log_total: Any  # [2 * S, ROWS]
+    # Shared memory, for each consumer.
+    q_smem: Any  # [ROWS, D]
+    out_smem: Any  # [ROWS, D], in the place of q
+    partial_smem: Any  # [ROWS, STAGED], likewise
+    log_smem: Any  # [ROWS]
+    k_smem: Any  # [stages, block_kv, D]
+    v_smem: Any
+    # Barriers.
+    q_loaded: Any
+    k_loaded: Any
+    v_loaded: Any
+    k_released: Any
+    v_released: Any
+
+
+class Segment(NamedTuple):
+    """Scalars."""
+
+    row: jax.Array
+    kv_head: jax.Array
+    length: jax.Array
+    key_start: jax.Array  # of its first tile
+    steps: jax.Array
+    slot: jax.Array  # of partial results, -1: it is all of the item
+
+
+def _kernel(settings: Settings, *args) -> None:
+    if settings.cut:
+        ins, (union, *rest) = args[:10], args[10:]
+    else:
+        ins, (union, *rest) = (*args[:8], None, None), args[8:]
+    refs = Refs(*ins, *union, *rest)
+    if settings.pdl:
+        plgpu.griddepcontrol_wait()
+    warpgroup, consumers = jax.lax.axis_index("warpgroup"), settings.consumers
+    pl.when(warpgroup < consumers)(partial(_consume, refs, settings, warpgroup))
+    pl.when(warpgroup >= consumers)(partial(_produce, refs, settings, warpgroup - consumers))
+
+
+def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, function) -> None:
+    """function(segment, first), `first` the number of the segment's first tile among all of the stream's."""
+    number = jax.lax.axis_index("program") * settings.consumers + worker
+    stream = Stream(*(refs.streams[number, i] for i in range(len(Stream._fields))))
+    page_size, block_kv = refs.k.shape[1], refs.k_smem.shape[2]
+    rows = refs.order.shape[0]
+
+    def body(i, carry):
+        first, row, length = carry
+        item = stream.item + i
+        next_row = refs.order[jnp.minimum(tile.div(item + 1, settings.kv_heads), rows - 1)]
+        next_length = refs.lengths[next_row]
+        base, blocks = _blocks(length, settings.queries, page_size, settings.window, block_kv)
+        begin = jnp.where(i == 0, stream.begin, 0)
+        end = jnp.minimum(jnp.where(i == stream.segments - 1, stream.end, blocks), blocks)
+        slot = jnp.where((begin == 0) & (end == blocks), -1, 2 * number + jnp.where(begin == 0, 1, 0))
+        kv_head = tile.rem(item, settings.kv_heads)
+        function(Segment(row, kv_head, length, base + begin * block_kv, end - begin, slot), first)
+        return first + end - begin, next_row, next_length
+
+    jax.lax.fori_loop(0, stream.segments, body, (jnp.int32(0), stream.row, stream.length))
+
+
+def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
+    if settings.consumers > 1:
+        plgpu.set_max_registers(40, action="decrease")
+    _, stages, block_kv, _ = refs.k_smem.shape
+    absent, page_size, _ = refs.k.shape  # a copy from beyond the pool gives zeros
+    rows = min(page_size, block_kv)  # of a copy
+
+    def copy_segment(segment: Segment, first):
+        def places(step):
+            """(index into the pool, row of the page) of each copy of a tile."""
+            found = []
+            for i in range(block_kv // rows):
+                key = segment.key_start + step * block_kv + i * rows
+                inside = key < segment.length
+                page = refs.table[segment.row, jnp.where(inside, tile.div(key, page_size), 0)]
+                found += [jnp.where(inside, page * settings.kv_heads + segment.kv_head, absent)]
+            return tuple(found)
+
+        def body(step, now):
+            ahead = places(step + 1)  # behind the last tile, all absent: the first entry of the table is read
+            slot = worker * stages + tile.rem(first + step, stages)
+            offset = tile.rem(segment.key_start + step * block_kv, page_size)
+            for pool, smem, loaded, released in (
+                (refs.k, refs.k_smem, refs.k_loaded, refs.k_released),
+                (refs.v, refs.v_smem, refs.v_loaded, refs.v_released),
+            ):
+                pl.when(first + step >= stages)(partial(plgpu.barrier_wait, released.at[slot]))
+                for i, page in enumerate(now):
+                    source = pool.at[page] if rows == page_size else pool.at[page, pl.ds(offset, rows)]
+                    target = smem.at[worker, tile.rem(first + step, stages), pl.ds(i * rows, rows)]
+                    plgpu.copy_gmem_to_smem(source, target, loaded.at[slot])
+            return ahead
+
+        jax.lax.fori_loop(0, segment.steps, body, places(0))
+
+    _for_each_segment(refs, settings, worker, copy_segment)
+
+
+def _consume(refs: Refs, settings: Settings, worker: jax.Array) -> None:
+    if settings.consumers > 1:
+        plgpu.set_max_registers(216, action="increase")
+    of_item = settings.queries * settings.group
+    _, _, dim = refs.q_smem.shape
+    queries = refs.q_smem.at[worker]
+
+    def attend(segment: Segment, first):
+        start = (segment.row * settings.kv_heads + segment.kv_head) * of_item
+        offset, q_rows = tile.rem(start, ALIGN), _q_rows(of_item)
+        aligned = pl.ds(tile.div(start, ALIGN) * ALIGN, q_rows)
+        plgpu.copy_gmem_to_smem(refs.q.at[aligned], queries.at[pl.ds(0, q_rows)], refs.q_loaded.at[worker])
+        plgpu.barrier_wait(refs.q_loaded.at[worker])
+        out, top, total = _attend(refs, settings, segment, worker, queries, offset, first)
+        safe = jnp.where(total == 0, 1.0, total)
+        out = out * jax.lax.broadcast_in_dim(1 / safe, out.shape, [0])
+        plgpu.commit_smem()  # every warp is done with the queries
+        mine = pl.ds(offset, of_item)
+
+        def store_whole():
+            staged = refs.out_smem.at[worker]
+            staged[...] = out.astype(refs.out.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staged.at[mine], refs.out.at[pl.ds(start, of_item)])
+            plgpu.wait_smem_to_gmem(0)
+
+        def store_partial():
+            staged, logs = refs.partial_smem.at[worker], refs.log_smem.at[worker]
+            columns = staged.shape[1]
+            logs[...] = jnp.where(total == 0, tile.HIDDEN, top + jnp.log2(safe))
+            for column in range(0, dim, columns):
+                staged[...] = out[:, column : column + columns]
+                plgpu.commit_smem()
+                if column == 0:
+                    plgpu.copy_smem_to_gmem(logs, refs.log_total.at[segment.slot])
+                plgpu.copy_smem_to_gmem(staged.at[mine], refs.partial.at[segment.slot, :, pl.ds(column, columns)])
+                plgpu.wait_smem_to_gmem(0)
+
+        if settings.cut:
+            pl.when(segment.slot < 0)(store_whole)
+            pl.when(segment.slot >= 0)(store_partial)
+        else:
+            store_whole()
+
+    _for_each_segment(refs, settings, worker, attend)
+    number = jax.lax.axis_index("program") * settings.consumers + worker
+    items = refs.streams[number, Stream._fields.index("items")]
+
+    # Rows without keys.
+    everything = refs.order.shape[0] * settings.kv_heads
+    mine = tile.div(jnp.maximum(everything - items - number + settings.streams - 1, 0), settings.streams)
+
+    @pl.when(mine > 0)
+    def _():
+        staged = refs.out_smem.at[worker]
+        plgpu.commit_smem()
+        staged[...] = plgpu.layout_cast(jnp.zeros(staged.shape, staged.dtype), plgpu.Layout.WGMMA)
+        plgpu.commit_smem()
+
+        @pl.loop(0, mine)
+        def _(i):
+            item = items + number + i * settings.streams
+            row = refs.order[tile.div(item, settings.kv_heads)]
+            start = (row * settings.kv_heads + tile.rem(item, settings.kv_heads)) * of_item
+            plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, of_item)], refs.out.at[pl.ds(start, of_item)])
+
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _attend(
+    refs: Refs, settings: Settings, segment: Segment, worker: jax.Array, queries, offset: jax.Array, first: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weighted values [ROWS, D], top scores and total weights [ROWS], by online softmax (Milakov, Gimelshein 2018)."""
+    (_, stages, block_kv, dim), dtype = refs.k_smem.shape, refs.q.dtype
+    scale, window, softcap = settings.scale, settings.window, settings.softcap
+    factor = tile.LOG2E if softcap else scale * tile.LOG2E
+    iota = partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, block_kv), layout=plgpu.Layout.WGMMA)
+
+    def body(step, carry):
+        out, top, total = carry
+        slot = tile.rem(first + step, stages)
+        barrier = worker * stages + slot
+        key = segment.key_start + step * block_kv
+
+        def multiply_keys(accumulator):
+            plgpu.wgmma(accumulator, queries, refs.k_smem.at[worker, slot].transpose((1, 0)))
+            return accumulator[...]
+
+        plgpu.barrier_wait(refs.k_loaded.at[barrier])
+        scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, block_kv), jnp.float32))
+        plgpu.barrier_arrive(refs.k_released.at[barrier])
+        if softcap:
+            scores = jnp.tanh(scores * (scale / softcap)) * softcap
+        if settings.queries == 1:
+            ahead = iota(1) + (key - segment.length + 1)  # of the query's own key
+        else:
+            query = tile.div(jnp.maximum(iota(0) - offset, 0), settings.group)
+            ahead = iota(1) - query + (key - segment.length + settings.queries)
+        seen = ahead <= 0
+        if window is not None:
+            seen &= ahead > -window
+        scores = jnp.where(seen, scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=1) * factor)
+        decay = jnp.exp2(top - new_top)
+        weight = jnp.exp2(scores * factor - jax.lax.broadcast_in_dim(new_top, scores.shape, [0]))
+        out *= jax.lax.broadcast_in_dim(decay, out.shape, [0])
+        total = total * decay + weight.sum(axis=1)
+        weight = weight.astype(dtype)
+        plgpu.barrier_wait(refs.v_loaded.at[barrier])
+        _clear_beyond(refs.v_smem.at[worker, slot], segment.length - key, True)
+
+        def multiply_values(accumulator):
+            plgpu.wgmma(accumulator, weight, refs.v_smem.at[worker, slot])
+
+        if settings.simulated:  # interpret mode knows no run_state, nor wgmma of registers
+            out += jnp.dot(weight, refs.v_smem[worker, slot], preferred_element_type=jnp.float32)
+            plgpu.commit_smem()
+        else:
+            out = pl.run_state(multiply_values)(plgpu.ACC.init(out))
+        plgpu.barrier_arrive(refs.v_released.at[barrier])
+        return out, new_top, total
+
+    by_row = plgpu.Layout.WGMMA.reduce(1)
+    carry = (
+        plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((ROWS,), tile.HIDDEN, jnp.float32), by_row),
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
+    )
+    return jax.lax.fori_loop(0, segment.steps, body, carry)
+
+
+def _combine_kernel(
+    parts_ref,  # [R, KH]
+    first_ref,  # [R, KH]
+    partial_ref,  # [2 * S, of_item, D]
+    log_total_ref,  # [2 * S, ROWS]
+    _out,  # aliased to the output
+    out_ref,  # [items * of_item, D]
+    *,
+    of_item: int,
+    kv_heads: int,
+):
+    row, head = pl.program_id(0), pl.program_id(1)
+    parts, first = parts_ref[row, head], first_ref[row, head]
+
+    @pl.when(parts > 1)
+    def _():
+        dim = partial_ref.shape[2]
+        m, d = jnp.arange(pl.next_power_of_2(of_item)), jnp.arange(dim)
+        real, chunk = m < of_item, max(1, 2**13 // (m.size * d.size))
+        start = (row * kv_heads + head) * of_item
+        offset = tile.rem(start, ALIGN)
+
+        def body(i, carry):
+            out, top, total = carry
+            index = i * chunk + jnp.arange(chunk)
+            mask = (index < parts)[:, None] & real[None, :]
+            slot = 2 * (first + index) + jnp.where(index == 0, 1, 0)
+            logs = plt.load(log_total_ref.at[slot[:, None], (offset + m)[None, :]], mask=mask, other=tile.HIDDEN)
+            at = (slot[:, None, None], m[None, :, None], d[None, None, :])
+            values = plt.load(partial_ref.at[at], mask=jnp.broadcast_to(mask[:, :, None], (chunk, m.size, dim)), other=0)
+            new_top = jnp.maximum(top, logs.max(axis=0))
+            weight, decay = jnp.exp2(logs - new_top[None, :]), jnp.exp2(top - new_top)
+            out = out * decay[:, None] + (values * weight[:, :, None]).sum(axis=0)
+            return out, new_top, total * decay + weight.sum(axis=0)
+
+        chunks = tile.div(parts + chunk - 1, chunk)
+        out = tile.finish(jax.lax.fori_loop(0, chunks, body, tile.start(m.size, d.size)))
+        at = ((start + m)[:, None], d[None, :])
+        plt.store(out_ref.at[at], out.astype(out_ref.dtype), mask=jnp.broadcast_to(real[:, None], (m.size, dim)))
