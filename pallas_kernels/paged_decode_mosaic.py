@@ -190,7 +190,7 @@ class Work(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Scalars. Item i is row order[i // KH], head i % KH."""
+    """Scalars. Item i is head i // live, row order[i % live]: streams of different heads read the same pages together."""
 
     item: jax.Array  # its first
     segments: jax.Array
@@ -198,7 +198,7 @@ class Stream(NamedTuple):
     end: jax.Array  # of its last item, the tile behind
     row: jax.Array  # of its first item
     length: jax.Array
-    items: jax.Array  # of all rows that have tiles
+    live: jax.Array  # rows that have tiles
 
 
 def _work(lengths, blocks, kv_heads: int, streams: int, cut: bool) -> Work:
@@ -208,32 +208,28 @@ def _work(lengths, blocks, kv_heads: int, streams: int, cut: bool) -> Work:
     rank = before.sum(axis=1, dtype=jnp.int32)
     order = jnp.max(jnp.where(rank == index[:, None], index, 0), axis=1)
     count = live.sum(dtype=jnp.int32)
-    cost = jnp.where(live, 1, 0) if not cut else blocks
-    start = kv_heads * jnp.sum(jnp.where(before, cost, 0), axis=1, dtype=jnp.int32)
-    total = kv_heads * cost.sum(dtype=jnp.int32)
-    each, more = total // streams, total % streams
+    cost = blocks if cut else live.astype(jnp.int32)
+    start = jnp.sum(jnp.where(before, cost, 0), axis=1, dtype=jnp.int32)  # among the tiles of a head
+    a_head = cost.sum(dtype=jnp.int32)
+    each, more = kv_heads * a_head // streams, kv_heads * a_head % streams
     number = jnp.arange(streams + 1, dtype=jnp.int32)
     bound = number * each + jnp.minimum(number, more)
     # Where each bound lies; the last one behind the last item.
-    at = jnp.sum(live & (start <= bound[:, None]), axis=1, dtype=jnp.int32) - 1
-    mine = (rank == at[:, None]) & live
-    pick = lambda x: jnp.max(jnp.where(mine, x, 0), axis=1)  # noqa: E731
-    within, tiles, row = bound - pick(start), pick(cost), pick(index)
-    head, tile_number = within // jnp.maximum(tiles, 1), within % jnp.maximum(tiles, 1)
-    item = at * kv_heads + head
-    end = jnp.where(tile_number[1:] > 0, tile_number[1:], 2**30)
-    segments = item[1:] - item[:-1] + (tile_number[1:] > 0)
-    fields = Stream(item[:-1], segments, tile_number[:-1], end, row[:-1], lengths[row[:-1]],
-                    jnp.broadcast_to(count * kv_heads, (streams,)))  # fmt: skip
+    head, within = bound // jnp.maximum(a_head, 1), bound % jnp.maximum(a_head, 1)
+    at = jnp.maximum(jnp.sum(live & (start <= within[:, None]), axis=1, dtype=jnp.int32) - 1, 0)
+    first_tile, row = (jnp.sum(jnp.where((rank == at[:, None]) & live, x, 0), axis=1) for x in (start, index))
+    item, begin = head * count + at, within - first_tile
+    segments = item[1:] - item[:-1] + (begin[1:] > 0)
+    fields = Stream(item[:-1], segments, begin[:-1], jnp.where(begin[1:] > 0, begin[1:], 2**30), row[:-1],
+                    lengths[row[:-1]], jnp.broadcast_to(count, (streams,)))  # fmt: skip
     fields = jnp.stack([*fields, jnp.zeros_like(fields.item)], axis=1)
-    first = start[:, None] + jnp.arange(kv_heads, dtype=jnp.int32) * cost[:, None]
 
-    def stream_of(position):
-        larger = more * (each + 1)
-        return jnp.where(
-            position < larger, position // (each + 1), more + (position - larger) // jnp.maximum(each, 1)
-        )
+    def stream_of(tile_number):
+        long = more * (each + 1)
+        return jnp.where(tile_number < long, tile_number // (each + 1),
+                         more + (tile_number - long) // jnp.maximum(each, 1))  # fmt: skip
 
+    first = start[:, None] + jnp.arange(kv_heads, dtype=jnp.int32) * a_head
     first_stream = stream_of(first)
     parts = jnp.where(live[:, None], stream_of(first + cost[:, None] - 1) - first_stream + 1, 1)
     return Work(order, fields, first_stream, parts)
@@ -294,22 +290,22 @@ def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, functio
     number = jax.lax.axis_index("program") * settings.consumers + worker
     stream = Stream(*(refs.streams[number, i] for i in range(len(Stream._fields))))
     page_size, block_kv = refs.k.shape[1], refs.k_smem.shape[2]
-    rows = refs.order.shape[0]
 
     def body(i, carry):
-        first, row, length = carry
-        item = stream.item + i
-        next_row = refs.order[jnp.minimum(tile.div(item + 1, settings.kv_heads), rows - 1)]
+        first, kv_head, rank, row, length = carry
+        next_rank = jnp.where(rank + 1 == stream.live, 0, rank + 1)
+        next_row = refs.order[next_rank]
         next_length = refs.lengths[next_row]
         base, blocks = _blocks(length, settings.queries, page_size, settings.window, block_kv)
         begin = jnp.where(i == 0, stream.begin, 0)
         end = jnp.minimum(jnp.where(i == stream.segments - 1, stream.end, blocks), blocks)
         slot = jnp.where((begin == 0) & (end == blocks), -1, 2 * number + jnp.where(begin == 0, 1, 0))
-        kv_head = tile.rem(item, settings.kv_heads)
         function(Segment(row, kv_head, length, base + begin * block_kv, end - begin, slot), first)
-        return first + end - begin, next_row, next_length
+        return first + end - begin, kv_head + (next_rank == 0), next_rank, next_row, next_length
 
-    jax.lax.fori_loop(0, stream.segments, body, (jnp.int32(0), stream.row, stream.length))
+    live = jnp.maximum(stream.live, 1)
+    kv_head, rank = jax.lax.div(stream.item, live), jax.lax.rem(stream.item, live)
+    jax.lax.fori_loop(0, stream.segments, body, (jnp.int32(0), kv_head, rank, stream.row, stream.length))
 
 
 def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
@@ -396,11 +392,11 @@ def _consume(refs: Refs, settings: Settings, worker: jax.Array) -> None:
 
     _for_each_segment(refs, settings, worker, attend)
     number = jax.lax.axis_index("program") * settings.consumers + worker
-    items = refs.streams[number, Stream._fields.index("items")]
+    live = refs.streams[number, Stream._fields.index("live")]
 
     # Rows without keys.
-    everything = refs.order.shape[0] * settings.kv_heads
-    mine = tile.div(jnp.maximum(everything - items - number + settings.streams - 1, 0), settings.streams)
+    empty = (refs.order.shape[0] - live) * settings.kv_heads
+    mine = tile.div(jnp.maximum(empty - number + settings.streams - 1, 0), settings.streams)
 
     @pl.when(mine > 0)
     def _():
@@ -411,8 +407,8 @@ def _consume(refs: Refs, settings: Settings, worker: jax.Array) -> None:
 
         @pl.loop(0, mine)
         def _(i):
-            item = items + number + i * settings.streams
-            row = refs.order[tile.div(item, settings.kv_heads)]
+            item = number + i * settings.streams
+            row = refs.order[live + tile.div(item, settings.kv_heads)]
             start = (row * settings.kv_heads + tile.rem(item, settings.kv_heads)) * of_item
             plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, of_item)], refs.out.at[pl.ds(start, of_item)])
 

@@ -1,0 +1,57 @@
+"""How decode by Mosaic deals tiles out: each once, as many to every stream, and partial results where they are sought."""
+
+from collections import defaultdict
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallas_kernels.paged_decode_mosaic import Stream, _work
+
+STREAMS = 5
+
+
+def segments(blocks, kv_heads: int, cut: bool):
+    """(stream, row, head, first tile, tile behind the last) as the kernel goes through them, and the work list."""
+    blocks = jnp.asarray(blocks, jnp.int32)
+    work = _work(blocks * 16, blocks, kv_heads, STREAMS, cut)
+    order, found = np.asarray(work.order), []
+    for number, fields in enumerate(np.asarray(work.streams)):
+        stream = Stream(*map(int, fields[: len(Stream._fields)]))
+        if stream.segments:
+            assert stream.row == order[stream.item % stream.live] and stream.length == blocks[stream.row] * 16
+        for i in range(stream.segments):
+            row, head = order[(stream.item + i) % stream.live], (stream.item + i) // stream.live
+            begin = stream.begin if i == 0 else 0
+            end = min(stream.end, blocks[row]) if i == stream.segments - 1 else int(blocks[row])
+            found.append((number, int(row), int(head), begin, int(end)))
+    return found, work
+
+
+@given(
+    st.lists(st.one_of(st.just(0), st.integers(1, 3), st.integers(1, 300)), min_size=1, max_size=9),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_each_tile_once_and_all_streams_alike(blocks, kv_heads, cut):
+    found, work = segments(blocks, kv_heads, cut)
+    tiles = [(row, head, tile) for _, row, head, begin, end in found for tile in range(begin, end)]
+    assert sorted(tiles) == [(r, h, t) for r, n in enumerate(blocks) for h in range(kv_heads) for t in range(n)]
+    share = defaultdict(int)
+    for number, *_, begin, end in found:
+        assert begin < end
+        share[number] += end - begin if cut else 1
+    shares = [share[number] for number in range(STREAMS)]
+    assert max(shares) - min(shares) <= 1
+    empty = np.asarray(work.order)[int(work.streams[0, Stream._fields.index("live")]) :]
+    assert sorted(empty) == [row for row, count in enumerate(blocks) if count == 0]
+
+    # The item's parts are of consecutive streams; its first part is the only one that begins with its first tile.
+    parts = defaultdict(list)
+    for number, row, head, begin, _ in found:
+        parts[row, head].append((number, begin == 0))
+    for (row, head), which in parts.items():
+        first = int(work.first_stream[row, head])
+        assert which == [(first + i, i == 0) for i in range(int(work.parts[row, head]))]
+        assert cut or len(which) == 1
