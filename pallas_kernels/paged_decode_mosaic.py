@@ -32,8 +32,8 @@ class TuningConfig:
     block_kv: int  # keys in a tile
     stages: int  # tiles of K and of V in shared memory, for each stream
     consumers: int  # streams of a program
+    waves: int = 1
     pdl: bool = False
-    part: str = ""
 
     def __post_init__(self) -> None:
         tile.check_tuning({"block_kv": self.block_kv}, {"stages": self.stages, "consumers": self.consumers})
@@ -107,7 +107,7 @@ def paged_decode_mosaic(
     (pages, kv_heads, page_size, dim), dtype = k_pages.shape, q.dtype
     rows, queries, heads, _ = q.shape
     group, consumers, stages = heads // kv_heads, tuning.consumers, tuning.stages
-    of_item, programs = queries * group, _multiprocessors()
+    of_item, programs = queries * group, tuning.waves * _multiprocessors()
     streams = programs * consumers
     keys = page_table.shape[1] * page_size
     if window is not None:
@@ -116,15 +116,15 @@ def paged_decode_mosaic(
     settings = Settings(
         queries, group, kv_heads, consumers, streams, cut, scale, window, softcap, interpret, tuning.pdl
     )
-    blocks = _blocks(lengths, queries, page_size, window, tuning.block_kv)[1]
-    work = _work(lengths, blocks, kv_heads, streams, cut)
+    unit = min(page_size, tuning.block_kv)
+    work = _work(lengths, _units(lengths, queries, page_size, window, unit)[1], kv_heads, streams, cut)
     # The queries of an item side by side.
     q = q.reshape(rows, queries, kv_heads, group, dim).swapaxes(1, 2).reshape(-1, dim)
     columns = SWIZZLE // dtype.itemsize
     transforms: Any = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE))  # type: ignore[abstract]
     swizzled = partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
     kv = swizzled((consumers, stages, tuning.block_kv, dim))
-    copies = tuning.block_kv // min(page_size, tuning.block_kv)  # of a tile
+    copies = tuning.block_kv // unit  # of a tile
     loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=consumers * stages)
     released = plgpu.Barrier(num_barriers=consumers * stages)
     out_type = [jax.ShapeDtypeStruct(q.shape, dtype)]
@@ -174,10 +174,10 @@ def paged_decode_mosaic(
     return out.reshape(rows, kv_heads, queries, group, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
 
 
-def _blocks(length, queries: int, page_size: int, window: int | None, block_kv: int):
-    """The first key that a row of this length looks at, and how many blocks there are from it on."""
+def _units(length, queries: int, page_size: int, window: int | None, unit: int):
+    """The first key that a row of this length looks at, and how many units there are from it on."""
     base = tile.first_key(length - queries, window, page_size)
-    return base, tile.div(length - base + block_kv - 1, block_kv)
+    return base, tile.div(length - base + unit - 1, unit)
 
 
 class Work(NamedTuple):
@@ -201,14 +201,14 @@ class Stream(NamedTuple):
     live: jax.Array  # rows that have tiles
 
 
-def _work(lengths, blocks, kv_heads: int, streams: int, cut: bool) -> Work:
+def _work(lengths, units, kv_heads: int, streams: int, cut: bool) -> Work:
     rows = lengths.shape[0]
-    index, live = jnp.arange(rows, dtype=jnp.int32), blocks > 0
+    index, live = jnp.arange(rows, dtype=jnp.int32), units > 0
     before = (live[:, None] < live) | ((live[:, None] == live) & (index < index[:, None]))  # [r, other]
     rank = before.sum(axis=1, dtype=jnp.int32)
     order = jnp.max(jnp.where(rank == index[:, None], index, 0), axis=1)
     count = live.sum(dtype=jnp.int32)
-    cost = blocks if cut else live.astype(jnp.int32)
+    cost = units if cut else live.astype(jnp.int32)
     start = jnp.sum(jnp.where(before, cost, 0), axis=1, dtype=jnp.int32)  # among the tiles of a head
     a_head = cost.sum(dtype=jnp.int32)
     each, more = kv_heads * a_head // streams, kv_heads * a_head % streams
@@ -267,7 +267,8 @@ class Segment(NamedTuple):
     row: jax.Array
     kv_head: jax.Array
     length: jax.Array
-    key_start: jax.Array  # of its first tile
+    key_start: jax.Array
+    key_end: jax.Array
     steps: jax.Array
     slot: jax.Array  # of partial results, -1: it is all of the item
 
@@ -290,18 +291,21 @@ def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, functio
     number = jax.lax.axis_index("program") * settings.consumers + worker
     stream = Stream(*(refs.streams[number, i] for i in range(len(Stream._fields))))
     page_size, block_kv = refs.k.shape[1], refs.k_smem.shape[2]
+    unit = min(page_size, block_kv)
 
     def body(i, carry):
         first, kv_head, rank, row, length = carry
         next_rank = jnp.where(rank + 1 == stream.live, 0, rank + 1)
         next_row = refs.order[next_rank]
         next_length = refs.lengths[next_row]
-        base, blocks = _blocks(length, settings.queries, page_size, settings.window, block_kv)
+        base, units = _units(length, settings.queries, page_size, settings.window, unit)
         begin = jnp.where(i == 0, stream.begin, 0)
-        end = jnp.minimum(jnp.where(i == stream.segments - 1, stream.end, blocks), blocks)
-        slot = jnp.where((begin == 0) & (end == blocks), -1, 2 * number + jnp.where(begin == 0, 1, 0))
-        function(Segment(row, kv_head, length, base + begin * block_kv, end - begin, slot), first)
-        return first + end - begin, kv_head + (next_rank == 0), next_rank, next_row, next_length
+        end = jnp.minimum(jnp.where(i == stream.segments - 1, stream.end, units), units)
+        slot = jnp.where((begin == 0) & (end == units), -1, 2 * number + jnp.where(begin == 0, 1, 0))
+        steps = tile.div((end - begin) * unit + block_kv - 1, block_kv)
+        key_end = jnp.minimum(length, base + end * unit)
+        function(Segment(row, kv_head, length, base + begin * unit, key_end, steps, slot), first)
+        return first + steps, kv_head + (next_rank == 0), next_rank, next_row, next_length
 
     live = jnp.maximum(stream.live, 1)
     kv_head, rank = jax.lax.div(stream.item, live), jax.lax.rem(stream.item, live)
@@ -321,7 +325,7 @@ def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
             found = []
             for i in range(block_kv // rows):
                 key = segment.key_start + step * block_kv + i * rows
-                inside = key < segment.length
+                inside = key < segment.key_end
                 page = refs.table[segment.row, jnp.where(inside, tile.div(key, page_size), 0)]
                 found += [jnp.where(inside, page * settings.kv_heads + segment.kv_head, absent)]
             return tuple(found)
@@ -439,14 +443,13 @@ def _attend(
         plgpu.barrier_arrive(refs.k_released.at[barrier])
         if softcap:
             scores = jnp.tanh(scores * (scale / softcap)) * softcap
-        if settings.queries == 1:
-            ahead = iota(1) + (key - segment.length + 1)  # of the query's own key
-        else:
-            query = tile.div(jnp.maximum(iota(0) - offset, 0), settings.group)
-            ahead = iota(1) - query + (key - segment.length + settings.queries)
-        seen = ahead <= 0
-        if window is not None:
-            seen &= ahead > -window
+        seen = iota(1) < segment.key_end - key
+        if settings.queries > 1 or window is not None:
+            query = tile.div(jnp.maximum(iota(0) - offset, 0), settings.group) if settings.queries > 1 else 0
+            ahead = iota(1) - query + (key - segment.length + settings.queries)  # of the query's own key
+            seen &= ahead <= 0
+            if window is not None:
+                seen &= ahead > -window
         scores = jnp.where(seen, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=1) * factor)
         decay = jnp.exp2(top - new_top)

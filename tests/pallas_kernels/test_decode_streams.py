@@ -12,19 +12,19 @@ from pallas_kernels.paged_decode_mosaic import Stream, _work
 STREAMS = 5
 
 
-def segments(blocks, kv_heads: int, cut: bool):
+def segments(units, kv_heads: int, cut: bool):
     """(stream, row, head, first tile, tile behind the last) as the kernel goes through them, and the work list."""
-    blocks = jnp.asarray(blocks, jnp.int32)
-    work = _work(blocks * 16, blocks, kv_heads, STREAMS, cut)
+    units = jnp.asarray(units, jnp.int32)
+    work = _work(units * 16, units, kv_heads, STREAMS, cut)
     order, found = np.asarray(work.order), []
     for number, fields in enumerate(np.asarray(work.streams)):
         stream = Stream(*map(int, fields[: len(Stream._fields)]))
         if stream.segments:
-            assert stream.row == order[stream.item % stream.live] and stream.length == blocks[stream.row] * 16
+            assert stream.row == order[stream.item % stream.live] and stream.length == units[stream.row] * 16
         for i in range(stream.segments):
             row, head = order[(stream.item + i) % stream.live], (stream.item + i) // stream.live
             begin = stream.begin if i == 0 else 0
-            end = min(stream.end, blocks[row]) if i == stream.segments - 1 else int(blocks[row])
+            end = min(stream.end, units[row]) if i == stream.segments - 1 else int(units[row])
             found.append((number, int(row), int(head), begin, int(end)))
     return found, work
 
@@ -34,10 +34,10 @@ def segments(blocks, kv_heads: int, cut: bool):
     st.integers(1, 3),
     st.booleans(),
 )
-def test_each_tile_once_and_all_streams_alike(blocks, kv_heads, cut):
-    found, work = segments(blocks, kv_heads, cut)
+def test_each_tile_once_and_all_streams_alike(units, kv_heads, cut):
+    found, work = segments(units, kv_heads, cut)
     tiles = [(row, head, tile) for _, row, head, begin, end in found for tile in range(begin, end)]
-    assert sorted(tiles) == [(r, h, t) for r, n in enumerate(blocks) for h in range(kv_heads) for t in range(n)]
+    assert sorted(tiles) == [(r, h, t) for r, n in enumerate(units) for h in range(kv_heads) for t in range(n)]
     share = defaultdict(int)
     for number, *_, begin, end in found:
         assert begin < end
@@ -45,7 +45,7 @@ def test_each_tile_once_and_all_streams_alike(blocks, kv_heads, cut):
     shares = [share[number] for number in range(STREAMS)]
     assert max(shares) - min(shares) <= 1
     empty = np.asarray(work.order)[int(work.streams[0, Stream._fields.index("live")]) :]
-    assert sorted(empty) == [row for row, count in enumerate(blocks) if count == 0]
+    assert sorted(empty) == [row for row, count in enumerate(units) if count == 0]
 
     # The item's parts are of consecutive streams; its first part is the only one that begins with its first tile.
     parts = defaultdict(list)
