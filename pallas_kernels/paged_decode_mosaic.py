@@ -23,6 +23,8 @@ from pallas_kernels.paged_extend_mosaic import COPY_LAYOUT, ROWS, SWIZZLE, _clea
 ALIGN = 8  # rows of queries that TMA copies to swizzled shared memory together
 STAGED = 64  # columns of a partial result in shared memory at a time
 MIN_CUT = 256  # keys: shorter rows are not cut
+COMBINED = 32  # columns of a program that puts partial results together
+IDS = 128  # entries of the page table in shared memory at a time
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class TuningConfig:
     def from_shapes(cls, q, k_pages) -> "TuningConfig":
         """The choice for these arrays (or anything with their shapes and dtypes): what fits in shared memory."""
         dim = q.shape[3]
-        return cls(64, 3, 1) if dim == 256 else cls(64, 3, 2) if dim == 128 else cls(64, 6, 2)
+        return cls(64, 2, 1) if dim == 256 else cls(64, 2, 2) if dim == 128 else cls(64, 4, 2)
 
 
 class Settings(NamedTuple):
@@ -117,6 +119,7 @@ def paged_decode_mosaic(
         queries, group, kv_heads, consumers, streams, cut, scale, window, softcap, interpret, tuning.pdl
     )
     unit = min(page_size, tuning.block_kv)
+    page_table = jnp.pad(page_table, ((0, 0), (0, max(IDS - page_table.shape[1], -page_table.shape[1] % 4))))
     work = _work(lengths, _units(lengths, queries, page_size, window, unit)[1], kv_heads, streams, cut)
     # The queries of an item side by side.
     q = q.reshape(rows, queries, kv_heads, group, dim).swapaxes(1, 2).reshape(-1, dim)
@@ -141,9 +144,11 @@ def paged_decode_mosaic(
                 plgpu.SMEM((consumers, ROWS, min(dim, STAGED)), jnp.float32),
             ),
             plgpu.SMEM((consumers, ROWS), jnp.float32),
+            plgpu.SMEM((consumers, 2, IDS), jnp.int32),
             kv,
             kv,
             plgpu.Barrier(num_barriers=consumers),
+            plgpu.Barrier(num_barriers=2 * consumers),
             loaded,
             loaded,
             released,
@@ -163,7 +168,7 @@ def paged_decode_mosaic(
         out = pl.pallas_call(
             partial(_combine_kernel, of_item=of_item, kv_heads=kv_heads),
             out_shape=out_type[0],
-            grid=(rows, kv_heads),
+            grid=(rows, kv_heads, dim // COMBINED),
             in_specs=[whole] * 5,
             out_specs=whole,
             input_output_aliases={4: 0},
@@ -184,7 +189,7 @@ class Work(NamedTuple):
     """How the tiles of R rows are dealt out to S streams. Rows have a rank: those with tiles come first."""
 
     order: jax.Array  # int32 [R]: the row of each rank
-    streams: jax.Array  # int32 [S, 8]: the fields of Stream
+    streams: jax.Array  # int32 [S, 9]: the fields of Stream
     first_stream: jax.Array  # int32 [R, KH]: which has the item's first tile
     parts: jax.Array  # int32 [R, KH]: how many have any
 
@@ -198,6 +203,8 @@ class Stream(NamedTuple):
     end: jax.Array  # of its last item, the tile behind
     row: jax.Array  # of its first item
     length: jax.Array
+    next_row: jax.Array  # of its second item, if there is one
+    next_length: jax.Array
     live: jax.Array  # rows that have tiles
 
 
@@ -220,9 +227,10 @@ def _work(lengths, units, kv_heads: int, streams: int, cut: bool) -> Work:
     first_tile, row = (jnp.sum(jnp.where((rank == at[:, None]) & live, x, 0), axis=1) for x in (start, index))
     item, begin = head * count + at, within - first_tile
     segments = item[1:] - item[:-1] + (begin[1:] > 0)
-    fields = Stream(item[:-1], segments, begin[:-1], jnp.where(begin[1:] > 0, begin[1:], 2**30), row[:-1],
-                    lengths[row[:-1]], jnp.broadcast_to(count, (streams,)))  # fmt: skip
-    fields = jnp.stack([*fields, jnp.zeros_like(fields.item)], axis=1)
+    row, next_row = row[:-1], order[jnp.where(at[:-1] + 1 == count, 0, at[:-1] + 1)]
+    fields = Stream(item[:-1], segments, begin[:-1], jnp.where(begin[1:] > 0, begin[1:], 2**30), row,
+                    lengths[row], next_row, lengths[next_row], jnp.broadcast_to(count, (streams,)))  # fmt: skip
+    fields = jnp.stack(fields, axis=1)
 
     def stream_of(tile_number):
         long = more * (each + 1)
@@ -236,7 +244,7 @@ def _work(lengths, units, kv_heads: int, streams: int, cut: bool) -> Work:
 
 
 class Refs(NamedTuple):
-    streams: Any  # [S, 8]
+    streams: Any  # [S, 9]
     order: Any  # [R]
     lengths: Any  # [R]
     table: Any  # [R, W]
@@ -251,10 +259,12 @@ class Refs(NamedTuple):
     out_smem: Any  # [ROWS, D], in the place of q
     partial_smem: Any  # [ROWS, STAGED], likewise
     log_smem: Any  # [ROWS]
+    ids_smem: Any  # [2, IDS]
     k_smem: Any  # [stages, block_kv, D]
     v_smem: Any
     # Barriers.
     q_loaded: Any
+    ids_loaded: Any
     k_loaded: Any
     v_loaded: Any
     k_released: Any
@@ -287,29 +297,42 @@ def _kernel(settings: Settings, *args) -> None:
 
 
 def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, function) -> None:
-    """function(segment, first), `first` the number of the segment's first tile among all of the stream's."""
+    """chunk = function(segment, first, next, chunk) for each, after function(None, 0, next, 0).
+
+    `first`: the number of the segment's first tile among all of the stream's; `next`: whether there is another segment,
+    its row and its first key.
+    """
     number = jax.lax.axis_index("program") * settings.consumers + worker
     stream = Stream(*(refs.streams[number, i] for i in range(len(Stream._fields))))
     page_size, block_kv = refs.k.shape[1], refs.k_smem.shape[2]
     unit = min(page_size, block_kv)
 
+    def after(rank):
+        return jnp.where(rank + 1 == stream.live, 0, rank + 1)
+
     def body(i, carry):
-        first, kv_head, rank, row, length = carry
-        next_rank = jnp.where(rank + 1 == stream.live, 0, rank + 1)
-        next_row = refs.order[next_rank]
-        next_length = refs.lengths[next_row]
+        first, kv_head, rank, row, length, next_row, next_length, chunk = carry
+        next_rank = after(rank)
+        later_row = refs.order[after(next_rank)]
+        later_length = refs.lengths[later_row]
         base, units = _units(length, settings.queries, page_size, settings.window, unit)
         begin = jnp.where(i == 0, stream.begin, 0)
         end = jnp.minimum(jnp.where(i == stream.segments - 1, stream.end, units), units)
         slot = jnp.where((begin == 0) & (end == units), -1, 2 * number + jnp.where(begin == 0, 1, 0))
         steps = tile.div((end - begin) * unit + block_kv - 1, block_kv)
         key_end = jnp.minimum(length, base + end * unit)
-        function(Segment(row, kv_head, length, base + begin * unit, key_end, steps, slot), first)
-        return first + steps, kv_head + (next_rank == 0), next_rank, next_row, next_length
+        segment = Segment(row, kv_head, length, base + begin * unit, key_end, steps, slot)
+        next_start = _units(next_length, settings.queries, page_size, settings.window, unit)[0]
+        chunk = function(segment, first, (i + 1 < stream.segments, next_row, next_start), chunk)
+        kv_head += (next_rank == 0).astype(jnp.int32)
+        return first + steps, kv_head, next_rank, next_row, next_length, later_row, later_length, chunk
 
     live = jnp.maximum(stream.live, 1)
     kv_head, rank = jax.lax.div(stream.item, live), jax.lax.rem(stream.item, live)
-    jax.lax.fori_loop(0, stream.segments, body, (jnp.int32(0), kv_head, rank, stream.row, stream.length))
+    start = _units(stream.length, settings.queries, page_size, settings.window, unit)[0] + stream.begin * unit
+    begin = (stream.segments > 0, stream.row, start)
+    carry = (jnp.int32(0), kv_head, rank, stream.row, stream.length, stream.next_row, stream.next_length)
+    jax.lax.fori_loop(0, stream.segments, body, (*carry, function(None, 0, begin, jnp.int32(0))))
 
 
 def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
@@ -319,33 +342,57 @@ def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
     absent, page_size, _ = refs.k.shape  # a copy from beyond the pool gives zeros
     rows = min(page_size, block_kv)  # of a copy
 
-    def copy_segment(segment: Segment, first):
-        def places(step):
-            """(index into the pool, row of the page) of each copy of a tile."""
-            found = []
-            for i in range(block_kv // rows):
-                key = segment.key_start + step * block_kv + i * rows
-                inside = key < segment.key_end
-                page = refs.table[segment.row, jnp.where(inside, tile.div(key, page_size), 0)]
-                found += [jnp.where(inside, page * settings.kv_heads + segment.kv_head, absent)]
-            return tuple(found)
+    reach = IDS // 2 * page_size // block_kv  # tiles whose pages a chunk of the table has, wherever they begin
 
-        def body(step, now):
-            ahead = places(step + 1)  # behind the last tile, all absent: the first entry of the table is read
-            slot = worker * stages + tile.rem(first + step, stages)
-            offset = tile.rem(segment.key_start + step * block_kv, page_size)
-            for pool, smem, loaded, released in (
-                (refs.k, refs.k_smem, refs.k_loaded, refs.k_released),
-                (refs.v, refs.v_smem, refs.v_loaded, refs.v_released),
-            ):
-                pl.when(first + step >= stages)(partial(plgpu.barrier_wait, released.at[slot]))
-                for i, page in enumerate(now):
-                    source = pool.at[page] if rows == page_size else pool.at[page, pl.ds(offset, rows)]
-                    target = smem.at[worker, tile.rem(first + step, stages), pl.ds(i * rows, rows)]
-                    plgpu.copy_gmem_to_smem(source, target, loaded.at[slot])
-            return ahead
+    def fetch(chunk, when, row, key):
+        """Has the table's entries from this key's on copied, as chunk number `chunk`."""
+        buffer = tile.rem(chunk, 2)
+        part = refs.table.at[row, pl.ds(tile.div(key, page_size), IDS)]
+        plgpu.commit_smem()  # what was there has been read
 
-        jax.lax.fori_loop(0, segment.steps, body, places(0))
+        @pl.when(when)
+        def _():
+            plgpu.copy_gmem_to_smem(part, refs.ids_smem.at[worker, buffer], refs.ids_loaded.at[2 * worker + buffer])
+
+    def copy_segment(segment: Segment | None, first, following, chunk):
+        if segment is None:
+            fetch(chunk, *following)
+            return chunk
+
+        def copy_chunk(i, chunk):
+            begin, end = i * reach, jnp.minimum((i + 1) * reach, segment.steps)
+            buffer, more = tile.rem(chunk, 2), end < segment.steps
+            chunk_key = segment.key_start + begin * block_kv
+            when, next_row, next_key = following
+            fetch(chunk + 1, more | when, jnp.where(more, segment.row, next_row),
+                  jnp.where(more, chunk_key + reach * block_kv, next_key))  # fmt: skip
+            plgpu.barrier_wait(refs.ids_loaded.at[2 * worker + buffer])
+
+            @pl.loop(begin, end)
+            def _(step):
+                place = tile.rem(first + step, stages)
+                slot = worker * stages + place
+                key = segment.key_start + step * block_kv
+                pages = []
+                for i in range(block_kv // rows):
+                    inside = key + i * rows < segment.key_end
+                    number = tile.div(key, page_size) - tile.div(chunk_key, page_size) + i
+                    page = refs.ids_smem[worker, buffer, number]
+                    pages.append(jnp.where(inside, page * settings.kv_heads + segment.kv_head, absent))
+                for pool, smem, loaded, released in (
+                    (refs.k, refs.k_smem, refs.k_loaded, refs.k_released),
+                    (refs.v, refs.v_smem, refs.v_loaded, refs.v_released),
+                ):
+                    pl.when(first + step >= stages)(partial(plgpu.barrier_wait, released.at[slot]))
+                    for i, page in enumerate(pages):
+                        source = pool.at[page]
+                        if rows < page_size:
+                            source = pool.at[page, pl.ds(tile.rem(key, page_size), rows)]
+                        plgpu.copy_gmem_to_smem(source, smem.at[worker, place, pl.ds(i * rows, rows)], loaded.at[slot])
+
+            return chunk + 1
+
+        return jax.lax.fori_loop(0, tile.div(segment.steps + reach - 1, reach), copy_chunk, chunk)
 
     _for_each_segment(refs, settings, worker, copy_segment)
 
@@ -357,7 +404,9 @@ def _consume(refs: Refs, settings: Settings, worker: jax.Array) -> None:
     _, _, dim = refs.q_smem.shape
     queries = refs.q_smem.at[worker]
 
-    def attend(segment: Segment, first):
+    def attend(segment: Segment | None, first, _, chunk):
+        if segment is None:
+            return chunk
         start = (segment.row * settings.kv_heads + segment.kv_head) * of_item
         offset, q_rows = tile.rem(start, ALIGN), _q_rows(of_item)
         aligned = pl.ds(tile.div(start, ALIGN) * ALIGN, q_rows)
@@ -393,6 +442,7 @@ def _consume(refs: Refs, settings: Settings, worker: jax.Array) -> None:
             pl.when(segment.slot >= 0)(store_partial)
         else:
             store_whole()
+        return chunk
 
     _for_each_segment(refs, settings, worker, attend)
     number = jax.lax.axis_index("program") * settings.consumers + worker
@@ -491,13 +541,12 @@ def _combine_kernel(
     of_item: int,
     kv_heads: int,
 ):
-    row, head = pl.program_id(0), pl.program_id(1)
+    row, head, columns = (pl.program_id(axis) for axis in range(3))
     parts, first = parts_ref[row, head], first_ref[row, head]
 
     @pl.when(parts > 1)
     def _():
-        dim = partial_ref.shape[2]
-        m, d = jnp.arange(pl.next_power_of_2(of_item)), jnp.arange(dim)
+        m, d = jnp.arange(pl.next_power_of_2(of_item)), columns * COMBINED + jnp.arange(COMBINED)
         real, chunk = m < of_item, max(1, 2**13 // (m.size * d.size))
         start = (row * kv_heads + head) * of_item
         offset = tile.rem(start, ALIGN)
@@ -509,7 +558,7 @@ def _combine_kernel(
             slot = 2 * (first + index) + jnp.where(index == 0, 1, 0)
             logs = plt.load(log_total_ref.at[slot[:, None], (offset + m)[None, :]], mask=mask, other=tile.HIDDEN)
             at = (slot[:, None, None], m[None, :, None], d[None, None, :])
-            values = plt.load(partial_ref.at[at], mask=jnp.broadcast_to(mask[:, :, None], (chunk, m.size, dim)), other=0)
+            values = plt.load(partial_ref.at[at], mask=jnp.broadcast_to(mask[:, :, None], (chunk, m.size, d.size)), other=0)
             new_top = jnp.maximum(top, logs.max(axis=0))
             weight, decay = jnp.exp2(logs - new_top[None, :]), jnp.exp2(top - new_top)
             out = out * decay[:, None] + (values * weight[:, :, None]).sum(axis=0)
@@ -518,4 +567,4 @@ def _combine_kernel(
         chunks = tile.div(parts + chunk - 1, chunk)
         out = tile.finish(jax.lax.fori_loop(0, chunks, body, tile.start(m.size, d.size)))
         at = ((start + m)[:, None], d[None, :])
-        plt.store(out_ref.at[at], out.astype(out_ref.dtype), mask=jnp.broadcast_to(real[:, None], (m.size, dim)))
+        plt.store(out_ref.at[at], out.astype(out_ref.dtype), mask=jnp.broadcast_to(real[:, None], (m.size, d.size)))

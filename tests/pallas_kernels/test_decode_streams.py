@@ -18,7 +18,7 @@ def segments(units, kv_heads: int, cut: bool):
     work = _work(units * 16, units, kv_heads, STREAMS, cut)
     order, found = np.asarray(work.order), []
     for number, fields in enumerate(np.asarray(work.streams)):
-        stream = Stream(*map(int, fields[: len(Stream._fields)]))
+        stream = Stream(*map(int, fields))
         if stream.segments:
             assert stream.row == order[stream.item % stream.live] and stream.length == units[stream.row] * 16
         for i in range(stream.segments):
