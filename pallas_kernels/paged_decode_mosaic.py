@@ -21,7 +21,6 @@ from pallas_kernels import paged_tile as tile
 from pallas_kernels.paged_extend_mosaic import COPY_LAYOUT, ROWS, SWIZZLE, _clear_beyond, _multiprocessors
 
 ALIGN = 8  # rows of queries that TMA copies to swizzled shared memory together
-STAGED = 64  # columns of a partial result in shared memory at a time
 MIN_CUT = 256  # keys: shorter rows are not cut
 COMBINED = 32  # columns of a program that puts partial results together
 IDS = 128  # entries of the page table in shared memory at a time
@@ -138,16 +137,15 @@ def paged_decode_mosaic(
         partial(_kernel, settings),
         out_type=out_type,
         scratch_types=[
+            swizzled((consumers, 2, ROWS, dim)),
             plgpu.RefUnion(
-                swizzled((consumers, ROWS, dim)),
-                plgpu.SMEM((consumers, ROWS, dim), dtype),
-                plgpu.SMEM((consumers, ROWS, min(dim, STAGED)), jnp.float32),
+                plgpu.SMEM((consumers, ROWS, columns), dtype), plgpu.SMEM((consumers, ROWS, columns // 2), jnp.float32)
             ),
             plgpu.SMEM((consumers, ROWS), jnp.float32),
             plgpu.SMEM((consumers, 2, IDS), jnp.int32),
             kv,
             kv,
-            plgpu.Barrier(num_barriers=consumers),
+            plgpu.Barrier(num_barriers=2 * consumers),
             plgpu.Barrier(num_barriers=2 * consumers),
             loaded,
             loaded,
@@ -255,9 +253,9 @@ class Refs(NamedTuple):
     partial: Any  # [2 * S, of_item, D]
     log_total: Any  # [2 * S, ROWS]
     # Shared memory, for each consumer.
-    q_smem: Any  # [ROWS, D]
-    out_smem: Any  # [ROWS, D], in the place of q
-    partial_smem: Any  # [ROWS, STAGED], likewise
+    q_smem: Any  # [2, ROWS, D]
+    out_smem: Any  # [ROWS, 64]
+    partial_smem: Any  # [ROWS, 32], in the same place
     log_smem: Any  # [ROWS]
     ids_smem: Any  # [2, IDS]
     k_smem: Any  # [stages, block_kv, D]
@@ -285,10 +283,10 @@ class Segment(NamedTuple):
 
 def _kernel(settings: Settings, *args) -> None:
     if settings.cut:
-        ins, (union, *rest) = args[:10], args[10:]
+        ins, (queries, union, *rest) = args[:10], args[10:]
     else:
-        ins, (union, *rest) = (*args[:8], None, None), args[8:]
-    refs = Refs(*ins, *union, *rest)
+        ins, (queries, union, *rest) = (*args[:8], None, None), args[8:]
+    refs = Refs(*ins, queries, *union, *rest)
     if settings.pdl:
         plgpu.griddepcontrol_wait()
     warpgroup, consumers = jax.lax.axis_index("warpgroup"), settings.consumers
@@ -300,7 +298,7 @@ def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, functio
     """chunk = function(segment, first, next, chunk) for each, after function(None, 0, next, 0).
 
     `first`: the number of the segment's first tile among all of the stream's; `next`: whether there is another segment,
-    its row and its first key.
+    its row, KV head and first key.
     """
     number = jax.lax.axis_index("program") * settings.consumers + worker
     stream = Stream(*(refs.streams[number, i] for i in range(len(Stream._fields))))
@@ -323,14 +321,14 @@ def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, functio
         key_end = jnp.minimum(length, base + end * unit)
         segment = Segment(row, kv_head, length, base + begin * unit, key_end, steps, slot)
         next_start = _units(next_length, settings.queries, page_size, settings.window, unit)[0]
-        chunk = function(segment, first, (i + 1 < stream.segments, next_row, next_start), chunk)
         kv_head += (next_rank == 0).astype(jnp.int32)
+        chunk = function(segment, first, (i + 1 < stream.segments, next_row, kv_head, next_start), chunk)
         return first + steps, kv_head, next_rank, next_row, next_length, later_row, later_length, chunk
 
     live = jnp.maximum(stream.live, 1)
     kv_head, rank = jax.lax.div(stream.item, live), jax.lax.rem(stream.item, live)
     start = _units(stream.length, settings.queries, page_size, settings.window, unit)[0] + stream.begin * unit
-    begin = (stream.segments > 0, stream.row, start)
+    begin = (stream.segments > 0, stream.row, kv_head, start)
     carry = (jnp.int32(0), kv_head, rank, stream.row, stream.length, stream.next_row, stream.next_length)
     jax.lax.fori_loop(0, stream.segments, body, (*carry, function(None, 0, begin, jnp.int32(0))))
 
@@ -356,14 +354,15 @@ def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
 
     def copy_segment(segment: Segment | None, first, following, chunk):
         if segment is None:
-            fetch(chunk, *following)
+            when, row, _, key = following
+            fetch(chunk, when, row, key)
             return chunk
 
         def copy_chunk(i, chunk):
             begin, end = i * reach, jnp.minimum((i + 1) * reach, segment.steps)
             buffer, more = tile.rem(chunk, 2), end < segment.steps
             chunk_key = segment.key_start + begin * block_kv
-            when, next_row, next_key = following
+            when, next_row, _, next_key = following
             fetch(chunk + 1, more | when, jnp.where(more, segment.row, next_row),
                   jnp.where(more, chunk_key + reach * block_kv, next_key))  # fmt: skip
             plgpu.barrier_wait(refs.ids_loaded.at[2 * worker + buffer])
@@ -401,48 +400,57 @@ def _consume(refs: Refs, settings: Settings, worker: jax.Array) -> None:
     if settings.consumers > 1:
         plgpu.set_max_registers(216, action="increase")
     of_item = settings.queries * settings.group
-    _, _, dim = refs.q_smem.shape
-    queries = refs.q_smem.at[worker]
+    dim, q_rows = refs.q.shape[1], _q_rows(of_item)
 
-    def attend(segment: Segment | None, first, _, chunk):
+    def fetch(count, when, row, kv_head, _):
+        """Has the queries of segment number `count` copied."""
+        buffer = tile.rem(count, 2)
+        source = refs.q.at[pl.ds(tile.div((row * settings.kv_heads + kv_head) * of_item, ALIGN) * ALIGN, q_rows)]
+
+        @pl.when(when)
+        def _():
+            target = refs.q_smem.at[worker, buffer, pl.ds(0, q_rows)]
+            plgpu.copy_gmem_to_smem(source, target, refs.q_loaded.at[2 * worker + buffer])
+
+    def attend(segment: Segment | None, first, following, count):
         if segment is None:
-            return chunk
+            fetch(count, *following)
+            return count
+        fetch(count + 1, *following)
+        buffer = tile.rem(count, 2)
         start = (segment.row * settings.kv_heads + segment.kv_head) * of_item
-        offset, q_rows = tile.rem(start, ALIGN), _q_rows(of_item)
-        aligned = pl.ds(tile.div(start, ALIGN) * ALIGN, q_rows)
-        plgpu.copy_gmem_to_smem(refs.q.at[aligned], queries.at[pl.ds(0, q_rows)], refs.q_loaded.at[worker])
-        plgpu.barrier_wait(refs.q_loaded.at[worker])
-        out, top, total = _attend(refs, settings, segment, worker, queries, offset, first)
+        offset = tile.rem(start, ALIGN)
+        plgpu.barrier_wait(refs.q_loaded.at[2 * worker + buffer])
+        out, top, total = _attend(refs, settings, segment, worker, refs.q_smem.at[worker, buffer], offset, first)
         safe = jnp.where(total == 0, 1.0, total)
         out = out * jax.lax.broadcast_in_dim(1 / safe, out.shape, [0])
         plgpu.commit_smem()  # every warp is done with the queries
         mine = pl.ds(offset, of_item)
 
+        def store(values, staged, target):
+            columns = staged.shape[1]
+            for column in range(0, dim, columns):
+                staged[...] = values[:, column : column + columns]
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(staged.at[mine], target.at[:, pl.ds(column, columns)])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
         def store_whole():
-            staged = refs.out_smem.at[worker]
-            staged[...] = out.astype(refs.out.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staged.at[mine], refs.out.at[pl.ds(start, of_item)])
-            plgpu.wait_smem_to_gmem(0)
+            store(out.astype(refs.out.dtype), refs.out_smem.at[worker], refs.out.at[pl.ds(start, of_item)])
 
         def store_partial():
-            staged, logs = refs.partial_smem.at[worker], refs.log_smem.at[worker]
-            columns = staged.shape[1]
+            logs = refs.log_smem.at[worker]
             logs[...] = jnp.where(total == 0, tile.HIDDEN, top + jnp.log2(safe))
-            for column in range(0, dim, columns):
-                staged[...] = out[:, column : column + columns]
-                plgpu.commit_smem()
-                if column == 0:
-                    plgpu.copy_smem_to_gmem(logs, refs.log_total.at[segment.slot])
-                plgpu.copy_smem_to_gmem(staged.at[mine], refs.partial.at[segment.slot, :, pl.ds(column, columns)])
-                plgpu.wait_smem_to_gmem(0)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(logs, refs.log_total.at[segment.slot])
+            store(out, refs.partial_smem.at[worker], refs.partial.at[segment.slot])
 
         if settings.cut:
             pl.when(segment.slot < 0)(store_whole)
             pl.when(segment.slot >= 0)(store_partial)
         else:
             store_whole()
-        return chunk
+        return count + 1
 
     _for_each_segment(refs, settings, worker, attend)
     number = jax.lax.axis_index("program") * settings.consumers + worker
@@ -464,9 +472,11 @@ def _consume(refs: Refs, settings: Settings, worker: jax.Array) -> None:
             item = number + i * settings.streams
             row = refs.order[live + tile.div(item, settings.kv_heads)]
             start = (row * settings.kv_heads + tile.rem(item, settings.kv_heads)) * of_item
-            plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, of_item)], refs.out.at[pl.ds(start, of_item)])
+            for column in range(0, dim, staged.shape[1]):
+                target = refs.out.at[pl.ds(start, of_item), pl.ds(column, staged.shape[1])]
+                plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, of_item)], target)
 
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _attend(
