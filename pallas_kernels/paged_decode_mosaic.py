@@ -17,8 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels import mosaic_tile
 from pallas_kernels import paged_tile as tile
-from pallas_kernels.paged_extend_mosaic import COPY_LAYOUT, ROWS, SWIZZLE, _clear_beyond, _multiprocessors
+from pallas_kernels.mosaic_tile import ROWS, SWIZZLE
+from pallas_kernels.paged_decode_streams import Stream, deal, units
 
 ALIGN = 8  # rows of queries that TMA copies to swizzled shared memory together
 MIN_CUT = 256  # keys: shorter rows are not cut
@@ -33,8 +35,6 @@ class TuningConfig:
     block_kv: int  # keys in a tile
     stages: int  # tiles of K and of V in shared memory, for each stream
     consumers: int  # streams of a program
-    waves: int = 1
-    pdl: bool = False
 
     def __post_init__(self) -> None:
         tile.check_tuning({"block_kv": self.block_kv}, {"stages": self.stages, "consumers": self.consumers})
@@ -61,7 +61,6 @@ class Settings(NamedTuple):
     window: int | None
     softcap: float | None
     simulated: bool
-    pdl: bool = False
 
 
 def _q_rows(of_item: int) -> int:
@@ -108,23 +107,19 @@ def paged_decode_mosaic(
     (pages, kv_heads, page_size, dim), dtype = k_pages.shape, q.dtype
     rows, queries, heads, _ = q.shape
     group, consumers, stages = heads // kv_heads, tuning.consumers, tuning.stages
-    of_item, programs = queries * group, tuning.waves * _multiprocessors()
+    of_item, programs = queries * group, mosaic_tile.multiprocessors()
     streams = programs * consumers
     keys = page_table.shape[1] * page_size
     if window is not None:
         keys = min(keys, window + queries - 1 + page_size)
     cut = keys > MIN_CUT
-    settings = Settings(
-        queries, group, kv_heads, consumers, streams, cut, scale, window, softcap, interpret, tuning.pdl
-    )
+    settings = Settings(queries, group, kv_heads, consumers, streams, cut, scale, window, softcap, interpret)
     unit = min(page_size, tuning.block_kv)
     page_table = jnp.pad(page_table, ((0, 0), (0, max(IDS - page_table.shape[1], -page_table.shape[1] % 4))))
-    work = _work(lengths, _units(lengths, queries, page_size, window, unit)[1], kv_heads, streams, cut)
+    work = deal(lengths, units(lengths, queries, page_size, window, unit)[1], kv_heads, streams, cut)
     # The queries of an item side by side.
     q = q.reshape(rows, queries, kv_heads, group, dim).swapaxes(1, 2).reshape(-1, dim)
-    columns = SWIZZLE // dtype.itemsize
-    transforms: Any = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE))  # type: ignore[abstract]
-    swizzled = partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
+    columns, swizzled = SWIZZLE // dtype.itemsize, partial(mosaic_tile.swizzled, dtype=dtype)
     kv = swizzled((consumers, stages, tuning.block_kv, dim))
     copies = tuning.block_kv // unit  # of a tile
     loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=consumers * stages)
@@ -177,70 +172,6 @@ def paged_decode_mosaic(
     return out.reshape(rows, kv_heads, queries, group, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
 
 
-def _units(length, queries: int, page_size: int, window: int | None, unit: int):
-    """The first key that a row of this length looks at, and how many units there are from it on."""
-    base = tile.first_key(length - queries, window, page_size)
-    return base, tile.div(length - base + unit - 1, unit)
-
-
-class Work(NamedTuple):
-    """How the tiles of R rows are dealt out to S streams. Rows have a rank: those with tiles come first."""
-
-    order: jax.Array  # int32 [R]: the row of each rank
-    streams: jax.Array  # int32 [S, 9]: the fields of Stream
-    first_stream: jax.Array  # int32 [R, KH]: which has the item's first tile
-    parts: jax.Array  # int32 [R, KH]: how many have any
-
-
-class Stream(NamedTuple):
-    """Scalars. Item i is head i // live, row order[i % live]: streams of different heads read the same pages together."""
-
-    item: jax.Array  # its first
-    segments: jax.Array
-    begin: jax.Array  # of its first item, the first tile
-    end: jax.Array  # of its last item, the tile behind
-    row: jax.Array  # of its first item
-    length: jax.Array
-    next_row: jax.Array  # of its second item, if there is one
-    next_length: jax.Array
-    live: jax.Array  # rows that have tiles
-
-
-def _work(lengths, units, kv_heads: int, streams: int, cut: bool) -> Work:
-    rows = lengths.shape[0]
-    index, live = jnp.arange(rows, dtype=jnp.int32), units > 0
-    before = (live[:, None] < live) | ((live[:, None] == live) & (index < index[:, None]))  # [r, other]
-    rank = before.sum(axis=1, dtype=jnp.int32)
-    order = jnp.max(jnp.where(rank == index[:, None], index, 0), axis=1)
-    count = live.sum(dtype=jnp.int32)
-    cost = units if cut else live.astype(jnp.int32)
-    start = jnp.sum(jnp.where(before, cost, 0), axis=1, dtype=jnp.int32)  # among the tiles of a head
-    a_head = cost.sum(dtype=jnp.int32)
-    each, more = kv_heads * a_head // streams, kv_heads * a_head % streams
-    number = jnp.arange(streams + 1, dtype=jnp.int32)
-    bound = number * each + jnp.minimum(number, more)
-    # Where each bound lies; the last one behind the last item.
-    head, within = bound // jnp.maximum(a_head, 1), bound % jnp.maximum(a_head, 1)
-    at = jnp.maximum(jnp.sum(live & (start <= within[:, None]), axis=1, dtype=jnp.int32) - 1, 0)
-    first_tile, row = (jnp.sum(jnp.where((rank == at[:, None]) & live, x, 0), axis=1) for x in (start, index))
-    item, begin = head * count + at, within - first_tile
-    segments = item[1:] - item[:-1] + (begin[1:] > 0)
-    row, next_row = row[:-1], order[jnp.where(at[:-1] + 1 == count, 0, at[:-1] + 1)]
-    fields = Stream(item[:-1], segments, begin[:-1], jnp.where(begin[1:] > 0, begin[1:], 2**30), row,
-                    lengths[row], next_row, lengths[next_row], jnp.broadcast_to(count, (streams,)))  # fmt: skip
-    fields = jnp.stack(fields, axis=1)
-
-    def stream_of(tile_number):
-        long = more * (each + 1)
-        return jnp.where(tile_number < long, tile_number // (each + 1),
-                         more + (tile_number - long) // jnp.maximum(each, 1))  # fmt: skip
-
-    first = start[:, None] + jnp.arange(kv_heads, dtype=jnp.int32) * a_head
-    first_stream = stream_of(first)
-    parts = jnp.where(live[:, None], stream_of(first + cost[:, None] - 1) - first_stream + 1, 1)
-    return Work(order, fields, first_stream, parts)
-
-
 class Refs(NamedTuple):
     streams: Any  # [S, 9]
     order: Any  # [R]
@@ -287,8 +218,6 @@ def _kernel(settings: Settings, *args) -> None:
     else:
         ins, (queries, union, *rest) = (*args[:8], None, None), args[8:]
     refs = Refs(*ins, queries, *union, *rest)
-    if settings.pdl:
-        plgpu.griddepcontrol_wait()
     warpgroup, consumers = jax.lax.axis_index("warpgroup"), settings.consumers
     pl.when(warpgroup < consumers)(partial(_consume, refs, settings, warpgroup))
     pl.when(warpgroup >= consumers)(partial(_produce, refs, settings, warpgroup - consumers))
@@ -313,21 +242,21 @@ def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, functio
         next_rank = after(rank)
         later_row = refs.order[after(next_rank)]
         later_length = refs.lengths[later_row]
-        base, units = _units(length, settings.queries, page_size, settings.window, unit)
+        base, count = units(length, settings.queries, page_size, settings.window, unit)
         begin = jnp.where(i == 0, stream.begin, 0)
-        end = jnp.minimum(jnp.where(i == stream.segments - 1, stream.end, units), units)
-        slot = jnp.where((begin == 0) & (end == units), -1, 2 * number + jnp.where(begin == 0, 1, 0))
+        end = jnp.minimum(jnp.where(i == stream.segments - 1, stream.end, count), count)
+        slot = jnp.where((begin == 0) & (end == count), -1, 2 * number + jnp.where(begin == 0, 1, 0))
         steps = tile.div((end - begin) * unit + block_kv - 1, block_kv)
         key_end = jnp.minimum(length, base + end * unit)
         segment = Segment(row, kv_head, length, base + begin * unit, key_end, steps, slot)
-        next_start = _units(next_length, settings.queries, page_size, settings.window, unit)[0]
+        next_start = units(next_length, settings.queries, page_size, settings.window, unit)[0]
         kv_head += (next_rank == 0).astype(jnp.int32)
         chunk = function(segment, first, (i + 1 < stream.segments, next_row, kv_head, next_start), chunk)
         return first + steps, kv_head, next_rank, next_row, next_length, later_row, later_length, chunk
 
     live = jnp.maximum(stream.live, 1)
     kv_head, rank = jax.lax.div(stream.item, live), jax.lax.rem(stream.item, live)
-    start = _units(stream.length, settings.queries, page_size, settings.window, unit)[0] + stream.begin * unit
+    start = units(stream.length, settings.queries, page_size, settings.window, unit)[0] + stream.begin * unit
     begin = (stream.segments > 0, stream.row, kv_head, start)
     carry = (jnp.int32(0), kv_head, rank, stream.row, stream.length, stream.next_row, stream.next_length)
     jax.lax.fori_loop(0, stream.segments, body, (*carry, function(None, 0, begin, jnp.int32(0))))
@@ -518,7 +447,7 @@ def _attend(
         total = total * decay + weight.sum(axis=1)
         weight = weight.astype(dtype)
         plgpu.barrier_wait(refs.v_loaded.at[barrier])
-        _clear_beyond(refs.v_smem.at[worker, slot], segment.length - key, True)
+        mosaic_tile.clear_beyond(refs.v_smem.at[worker, slot], segment.length - key, True)
 
         def multiply_values(accumulator):
             plgpu.wgmma(accumulator, weight, refs.v_smem.at[worker, slot])

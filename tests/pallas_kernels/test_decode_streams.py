@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_decode_mosaic import Stream, _work
+from pallas_kernels.paged_decode_streams import Stream, deal
 
 STREAMS = 5
 
@@ -15,7 +15,7 @@ STREAMS = 5
 def segments(units, kv_heads: int, cut: bool):
     """(stream, row, head, first tile, tile behind the last) as the kernel goes through them, and the work list."""
     units = jnp.asarray(units, jnp.int32)
-    work = _work(units * 16, units, kv_heads, STREAMS, cut)
+    work = deal(units * 16, units, kv_heads, STREAMS, cut)
     order, found = np.asarray(work.order), []
     for number, fields in enumerate(np.asarray(work.streams)):
         stream = Stream(*map(int, fields))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as kernels
+from pallas_kernels import mosaic_tile
 from pallas_kernels import paged_extend_mosaic as mosaic
 from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
@@ -83,7 +84,7 @@ def test_paged_extend(case, **tuning):
 @pytest.mark.parametrize("case, q_buffers", [*((case, 2) for case in MOSAIC), (MOSAIC[0], 1)], ids=str)
 def test_paged_extend_by_mosaic(case, q_buffers, monkeypatch):
     """With a check for races between the warpgroups and the copies; both programs have several items of work."""
-    monkeypatch.setattr(mosaic, "_multiprocessors", lambda: 2)
+    monkeypatch.setattr(mosaic_tile, "multiprocessors", lambda: 2)
     test_paged_extend(case, tuning=mosaic.TuningConfig(block_kv=64, stages=2, q_buffers=q_buffers))
 
 
