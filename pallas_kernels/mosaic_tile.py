@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of queries: the rows of a wgmma
+ALIGN = 8  # rows that TMA copies to swizzled shared memory together
 SWIZZLE = 128  # bytes
 # Of an array (shape, dtype) on its way between global and swizzled shared memory: 16 bytes a thread, no bank conflicts.
 COPY_LAYOUT = partial(plgpu.Layout.SMEM_GMEM_COPY, swizzle=SWIZZLE)
@@ -16,7 +17,7 @@ COPY_LAYOUT = partial(plgpu.Layout.SMEM_GMEM_COPY, swizzle=SWIZZLE)
 
 def swizzled(shape: tuple[int, ...], dtype) -> Any:
     """Shared memory for what the tensor cores read."""
-    tiling = plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    tiling = plgpu.TilingTransform((ALIGN, SWIZZLE // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(SWIZZLE)))  # type: ignore[abstract]
 
 

@@ -15,16 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import mosaic_tile
 from pallas_kernels import paged_tile as tile
-from pallas_kernels.mosaic_tile import ROWS, SWIZZLE
+from pallas_kernels.mosaic_tile import ALIGN, ROWS, SWIZZLE
+from pallas_kernels.paged_decode_combine import combine
 from pallas_kernels.paged_decode_streams import Stream, deal, units
 
-ALIGN = 8  # rows of queries that TMA copies to swizzled shared memory together
 MIN_CUT = 256  # keys: shorter rows are not cut
-COMBINED = 32  # columns of a program that puts partial results together
 IDS = 128  # entries of the page table in shared memory at a time
 
 
@@ -157,18 +155,8 @@ def paged_decode_mosaic(
     )(work.streams, work.order, lengths, page_table, q,
       k_pages.reshape(pages * kv_heads, page_size, dim), v_pages.reshape(pages * kv_heads, page_size, dim))  # fmt: skip
     if cut:
-        whole = pl.BlockSpec(memory_space=pl.ANY)
-        out = pl.pallas_call(
-            partial(_combine_kernel, of_item=of_item, kv_heads=kv_heads),
-            out_shape=out_type[0],
-            grid=(rows, kv_heads, dim // COMBINED),
-            in_specs=[whole] * 5,
-            out_specs=whole,
-            input_output_aliases={4: 0},
-            compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-            interpret=interpret,
-            name="paged_decode_combine",
-        )(work.parts, work.first_stream, *partial_results, out)
+        partial_out, log_total = partial_results
+        out = combine(work, partial_out, log_total, out, interpret)
     return out.reshape(rows, kv_heads, queries, group, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
 
 
@@ -213,11 +201,8 @@ class Segment(NamedTuple):
 
 
 def _kernel(settings: Settings, *args) -> None:
-    if settings.cut:
-        ins, (queries, union, *rest) = args[:10], args[10:]
-    else:
-        ins, (queries, union, *rest) = (*args[:8], None, None), args[8:]
-    refs = Refs(*ins, queries, *union, *rest)
+    ins, scratch = (args[:10], args[10:]) if settings.cut else ((*args[:8], None, None), args[8:])
+    refs = Refs(*(*ins, scratch[0], *scratch[1], *scratch[2:]))
     warpgroup, consumers = jax.lax.axis_index("warpgroup"), settings.consumers
     pl.when(warpgroup < consumers)(partial(_consume, refs, settings, warpgroup))
     pl.when(warpgroup >= consumers)(partial(_produce, refs, settings, warpgroup - consumers))
@@ -283,7 +268,7 @@ def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
 
     def copy_segment(segment: Segment | None, first, following, chunk):
         if segment is None:
-            when, row, _, key = following
+            when, row, _head, key = following
             fetch(chunk, when, row, key)
             return chunk
 
@@ -291,7 +276,7 @@ def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
             begin, end = i * reach, jnp.minimum((i + 1) * reach, segment.steps)
             buffer, more = tile.rem(chunk, 2), end < segment.steps
             chunk_key = segment.key_start + begin * block_kv
-            when, next_row, _, next_key = following
+            when, next_row, _head, next_key = following
             fetch(chunk + 1, more | when, jnp.where(more, segment.row, next_row),
                   jnp.where(more, chunk_key + reach * block_kv, next_key))  # fmt: skip
             plgpu.barrier_wait(refs.ids_loaded.at[2 * worker + buffer])
@@ -331,7 +316,7 @@ def _consume(refs: Refs, settings: Settings, worker: jax.Array) -> None:
     of_item = settings.queries * settings.group
     dim, q_rows = refs.q.shape[1], _q_rows(of_item)
 
-    def fetch(count, when, row, kv_head, _):
+    def fetch(count, when, row, kv_head, _key):
         """Has the queries of segment number `count` copied."""
         buffer = tile.rem(count, 2)
         source = refs.q.at[pl.ds(tile.div((row * settings.kv_heads + kv_head) * of_item, ALIGN) * ALIGN, q_rows)]
@@ -467,43 +452,3 @@ def _attend(
         plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
     )
     return jax.lax.fori_loop(0, segment.steps, body, carry)
-
-
-def _combine_kernel(
-    parts_ref,  # [R, KH]
-    first_ref,  # [R, KH]
-    partial_ref,  # [2 * S, of_item, D]
-    log_total_ref,  # [2 * S, ROWS]
-    _out,  # aliased to the output
-    out_ref,  # [items * of_item, D]
-    *,
-    of_item: int,
-    kv_heads: int,
-):
-    row, head, columns = (pl.program_id(axis) for axis in range(3))
-    parts, first = parts_ref[row, head], first_ref[row, head]
-
-    @pl.when(parts > 1)
-    def _():
-        m, d = jnp.arange(pl.next_power_of_2(of_item)), columns * COMBINED + jnp.arange(COMBINED)
-        real, chunk = m < of_item, max(1, 2**13 // (m.size * d.size))
-        start = (row * kv_heads + head) * of_item
-        offset = tile.rem(start, ALIGN)
-
-        def body(i, carry):
-            out, top, total = carry
-            index = i * chunk + jnp.arange(chunk)
-            mask = (index < parts)[:, None] & real[None, :]
-            slot = 2 * (first + index) + jnp.where(index == 0, 1, 0)
-            logs = plt.load(log_total_ref.at[slot[:, None], (offset + m)[None, :]], mask=mask, other=tile.HIDDEN)
-            at = (slot[:, None, None], m[None, :, None], d[None, None, :])
-            values = plt.load(partial_ref.at[at], mask=jnp.broadcast_to(mask[:, :, None], (chunk, m.size, d.size)), other=0)
-            new_top = jnp.maximum(top, logs.max(axis=0))
-            weight, decay = jnp.exp2(logs - new_top[None, :]), jnp.exp2(top - new_top)
-            out = out * decay[:, None] + (values * weight[:, :, None]).sum(axis=0)
-            return out, new_top, total * decay + weight.sum(axis=0)
-
-        chunks = tile.div(parts + chunk - 1, chunk)
-        out = tile.finish(jax.lax.fori_loop(0, chunks, body, tile.start(m.size, d.size)))
-        at = ((start + m)[:, None], d[None, :])
-        plt.store(out_ref.at[at], out.astype(out_ref.dtype), mask=jnp.broadcast_to(real[:, None], (m.size, d.size)))

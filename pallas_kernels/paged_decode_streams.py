@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from pallas_kernels import paged_tile as tile
 
 
-def units(length, queries: int, page_size: int, window: int | None, unit: int):
+def units(
+    length: jax.Array, queries: int, page_size: int, window: int | None, unit: int
+) -> tuple[int | jax.Array, jax.Array]:
     """The first key that a row of this length looks at, and how many units there are from it on."""
     base = tile.first_key(length - queries, window, page_size)
     return base, tile.div(length - base + unit - 1, unit)
@@ -28,7 +30,7 @@ class Work(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Scalars. Item i is head i // live, row order[i % live]: streams of different heads read the same pages together."""
+    """Scalars. Item i is head i // live and row order[i % live]."""
 
     item: jax.Array  # its first
     segments: jax.Array
@@ -61,9 +63,8 @@ def deal(lengths, counts, kv_heads: int, streams: int, cut: bool) -> Work:
     item, begin = head * count + at, within - first_tile
     segments = item[1:] - item[:-1] + (begin[1:] > 0)
     row, next_row = row[:-1], order[jnp.where(at[:-1] + 1 == count, 0, at[:-1] + 1)]
-    fields = Stream(item[:-1], segments, begin[:-1], jnp.where(begin[1:] > 0, begin[1:], 2**30), row,
-                    lengths[row], next_row, lengths[next_row], jnp.broadcast_to(count, (streams,)))  # fmt: skip
-    fields = jnp.stack(fields, axis=1)
+    each_stream = Stream(item[:-1], segments, begin[:-1], jnp.where(begin[1:] > 0, begin[1:], 2**30), row,
+                         lengths[row], next_row, lengths[next_row], jnp.broadcast_to(count, (streams,)))  # fmt: skip
 
     def stream_of(tile_number):
         long = more * (each + 1)
@@ -73,4 +74,4 @@ def deal(lengths, counts, kv_heads: int, streams: int, cut: bool) -> Work:
     first = start[:, None] + jnp.arange(kv_heads, dtype=jnp.int32) * a_head
     first_stream = stream_of(first)
     parts = jnp.where(live[:, None], stream_of(first + cost[:, None] - 1) - first_stream + 1, 1)
-    return Work(order, fields, first_stream, parts)
+    return Work(order, jnp.stack(each_stream, axis=1), first_stream, parts)

@@ -16,8 +16,9 @@ import pallas_kernels as kernels
 from jaxengine.benchmark.device import matmul_rate, normal, read_rate, seconds
 from jaxengine.errors import UnsupportedError
 from pallas_kernels import paged_extend_mosaic as mosaic
-from pallas_kernels.paged_extend import MOSAIC_CARDS
+from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
+from pallas_kernels.paged_tile import on_mosaic_card
 
 Result = dict[str, Any]
 
@@ -103,7 +104,7 @@ def summarize(device_kind: str, read: float, matmul: float, results: list[Result
         void = any(abs(rate / limit - 1) > TOLERANCE for rate, limit in zip((read, matmul), known))
     shared = [r | {"share": r["bytes_per_s"] / read if "bytes" in r else r["flops_per_s"] / matmul} for r in results]
     time = {result["op"]: result["us"] for result in results}
-    pairs = [(SKEWED, BALANCED)]
+    pairs = [(f"{SKEWED}{kernel}", f"{BALANCED}{kernel}") for kernel in ("", " by Triton")]
     pairs += [
         (f"{name} {tokens}", f"cudnn {tokens}")
         for name in ("extend by Triton", "extend by Mosaic")
@@ -124,12 +125,12 @@ def table(result: Result) -> str:
     elif result["void"]:
         lines.append(f"This run is VOID: expected {known[0] / 1e12:.2f} TB/s and {known[1] / 1e12:.0f} TFLOP/s "
                      f"within {TOLERANCE:.0%}.")  # fmt: skip
-    lines.append(f"{'op':<27}{'us':>10}{'spread':>8}{'rate':>16}{'share':>7}{'error':>9}")
+    lines.append(f"{'op':<36}{'us':>10}{'spread':>8}{'rate':>16}{'share':>7}{'error':>9}")
     for r in result["results"]:
         rate, unit = (r["bytes_per_s"], "TB/s") if "bytes" in r else (r["flops_per_s"], "TFLOP/s")
-        lines.append(f"{r['op']:<27}{r['us']:10.1f}{r['spread']:8.1%}{rate / 1e12:9.2f} {unit:<6}"
+        lines.append(f"{r['op']:<36}{r['us']:10.1f}{r['spread']:8.1%}{rate / 1e12:9.2f} {unit:<6}"
                      f"{r['share']:7.2f}{r['error']:9.1e}")  # fmt: skip
-    lines += [f"{name:<60}{ratio:6.2f}" for name, ratio in result["ratios"].items()]
+    lines += [f"{name:<72}{ratio:6.2f}" for name, ratio in result["ratios"].items()]
     return "\n".join(lines)
 
 
@@ -152,29 +153,34 @@ def paged_inputs(lengths: Sequence[int], heads: Heads) -> tuple[jax.Array, jax.A
 
 
 def time_decode(name: str, row_lengths: Sequence[int], heads: Heads) -> list[Result]:
-    """One new token a row; row r has row_lengths[r] keys."""
+    """One new token a row; row r has row_lengths[r] keys. On Hopper, where the op is Mosaic's kernel, Triton's too."""
     k_pages, v_pages, tables = paged_inputs(row_lengths, heads)
     lengths = jnp.asarray(row_lengths, jnp.int32)
     scale = heads.dim**-0.5
-    decode = partial(kernels.paged_decode, scale=scale)
     q = normal(3, len(row_lengths), 1, heads.query, heads.dim)
+    decodes = {name: partial(kernels.paged_decode, scale=scale)}
+    if on_mosaic_card():
+        decodes[f"{name} by Triton"] = partial(decodes[name], tuning=DecodeTuning.from_shapes(q, k_pages))
     # A few rows at a time: the reference gathers all keys of the longest row for each.
     parts = [slice(i, i + 8) for i in range(0, len(row_lengths), 8)]
     reference = partial(kernels.paged_decode_reference, scale=scale)
     expected = [reference(q[part], k_pages, v_pages, tables[0][part], lengths[part]) for part in parts]
-    difference = error(decode(q, k_pages, v_pages, tables[0], lengths), jnp.concatenate(expected))
-    tables = tables * max(1, OPS // len(tables))
+    size = sum(row_lengths) * heads.kv * heads.dim * 4
 
-    @jax.jit
-    def chain(q, k_pages, v_pages, tables, lengths):
+    @partial(jax.jit, static_argnums=0)
+    def chain(decode, q, k_pages, v_pages, tables, lengths):
         for table in tables:
             q = decode(q, k_pages, v_pages, table, lengths)
         return q
 
-    time_s, spread = seconds(lambda: chain(q, k_pages, v_pages, tables, lengths), len(tables))
-    size = sum(row_lengths) * heads.kv * heads.dim * 4
-    return [{"op": name, "us": time_s * 1e6, "spread": spread, "bytes": size,
-             "bytes_per_s": size / time_s, "error": difference}]  # fmt: skip
+    results = []
+    for op, decode in decodes.items():
+        difference = error(decode(q, k_pages, v_pages, tables[0], lengths), jnp.concatenate(expected))
+        many = tables * max(1, OPS // len(tables))
+        time_s, spread = seconds(partial(chain, decode, q, k_pages, v_pages, many, lengths), len(many))
+        results.append({"op": op, "us": time_s * 1e6, "spread": spread, "bytes": size,
+                        "bytes_per_s": size / time_s, "error": difference})  # fmt: skip
+    return results
 
 
 def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
@@ -207,7 +213,7 @@ def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
         "extend by Triton": partial(extend, tuning=ExtendTuning.from_shapes(q, k_pages, BLOCK_Q)),
         "cudnn": lambda tables: cudnn(q[None], dense[: len(tables)])[0],
     }
-    if any(card in jax.devices()[0].device_kind for card in MOSAIC_CARDS):
+    if on_mosaic_card():
         calls["extend by Mosaic"] = partial(extend, tuning=mosaic.TuningConfig.from_shapes(q, k_pages))
     expected = calls["cudnn"](tables=tables[:1])
     flops = 2 * 2 * heads.query * heads.dim * tokens * (tokens + 1) / 2
