@@ -256,10 +256,14 @@ def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
 
     reach = IDS // 2 * page_size // block_kv  # tiles whose pages a chunk of the table has, wherever they begin
 
+    def first_id(key):
+        """Of a chunk of the table that begins with this key's page: plain copies begin at multiples of 16 bytes."""
+        return tile.div(key, 4 * page_size) * 4
+
     def fetch(chunk, when, row, key):
         """Has the table's entries from this key's on copied, as chunk number `chunk`."""
         buffer = tile.rem(chunk, 2)
-        part = refs.table.at[row, pl.ds(tile.div(key, page_size), IDS)]
+        part = refs.table.at[row, pl.ds(first_id(key), IDS)]
         plgpu.commit_smem()  # what was there has been read
 
         @pl.when(when)
@@ -289,7 +293,7 @@ def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
                 pages = []
                 for i in range(block_kv // rows):
                     inside = key + i * rows < segment.key_end
-                    number = tile.div(key, page_size) - tile.div(chunk_key, page_size) + i
+                    number = tile.div(key, page_size) - first_id(chunk_key) + i
                     page = refs.ids_smem[worker, buffer, number]
                     pages.append(jnp.where(inside, page * settings.kv_heads + segment.kv_head, absent))
                 for pool, smem, loaded, released in (
