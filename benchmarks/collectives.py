@@ -4,6 +4,8 @@
 
 Each is one of many in a chain inside one program, as in a step, with a product of few operations between two of them,
 so that none can be joined with the next. `GB/s`: bytes that cross each device's links, as NCCL's bus bandwidth counts.
+Then, on GPUs, what a layer does between two products: residual sum and norm alone, after an all-reduce, and with it in
+one kernel over peers' memory.
 """
 
 import argparse
@@ -53,6 +55,35 @@ def chain(collective: str, devices: int, hidden: int, tokens: int, count: int, o
     return lambda: compiled(x)
 
 
+def norms(kind: str, devices: int, hidden: int, tokens: int, count: int) -> Callable:
+    """A compiled program of `count` residual sums and norms of bfloat16 [tokens, hidden], one after another."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import PartitionSpec
+
+    from jaxengine.layers.peers import create_peers, own, peers_sharding
+    from jaxengine.sharding import LAYER, create_mesh, named_sharding
+    from pallas_kernels import add_rms_norm, all_reduce_rms_norm
+
+    def run(x: Any, scale: Any, peers: Any) -> Any:
+        y = x
+        for _ in range(count):
+            if kind == "peers":
+                x, y = all_reduce_rms_norm(x, y, scale, *own(peers), eps=1e-5)
+            else:
+                x, y = add_rms_norm(x, jax.lax.psum(y, LAYER) if kind == "all-reduce" else y, scale, eps=1e-5)
+        return x
+
+    mesh = create_mesh(devices)
+    peers = create_peers(mesh, tokens, 2 * hidden)
+    specs = PartitionSpec(), PartitionSpec(), peers_sharding(mesh).spec
+    program = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    x = jax.random.normal(jax.random.key(0), (tokens, hidden), jnp.bfloat16)
+    x, scale = (jax.device_put(array, named_sharding(mesh)) for array in (x, jnp.ones(hidden, jnp.bfloat16)))
+    compiled = jax.jit(program).lower(x, scale, peers).compile()
+    return lambda: compiled(x, scale, peers)
+
+
 def microseconds(run: Callable, count: int, repeats: int = 10) -> float:
     """Of one collective and what stands between two, the median of several calls."""
     run().block_until_ready()
@@ -89,6 +120,11 @@ def main() -> None:
                     continue
                 crossing = 2 * (args.devices - 1) / args.devices * size
                 report(result | {"us": found, "GB/s": crossing / found / 1e3})
+    if jax.devices()[0].platform == "gpu":
+        for tokens in map(int, args.tokens.split(",")):
+            for kind in ("none", "all-reduce", "peers"):
+                found = microseconds(norms(kind, args.devices, args.hidden, tokens, args.count), args.count)
+                report({"norms with": kind, "tokens": tokens, "bytes": tokens * args.hidden * 2, "us": found})
 
 
 if __name__ == "__main__":

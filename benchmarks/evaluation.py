@@ -53,7 +53,7 @@ def generate(llm: Any, shape: Any, count: int) -> dict[str, Any]:
     llm.generate(prompts, params, use_tqdm=False)  # compiles
     llm.reset_prefix_cache()
     compiled, host = llm._runner.compilations.total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with recorded(llm._runner) as steps:
+    with recorded(llm._runner) as run:
         begin = perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         seconds = perf_counter() - begin
@@ -62,9 +62,10 @@ def generate(llm: Any, shape: Any, count: int) -> dict[str, Any]:
     compiled = llm._runner.compilations.total - compiled
     metrics = [output.metrics for output in outputs]
     stepping = max(m.last_token_time for m in metrics) - min(m.scheduled_time for m in metrics)
-    busy = queued_seconds(llm._runner, steps, samples=3, repeats=20) / stepping
+    busy = queued_seconds(llm._runner, run.steps, samples=3, repeats=20) / stepping
     return {"prompts": count, "in_tokens": sum(map(len, prompts)), "out_tokens": sum(lengths), "seconds": seconds,
-            "steps": len(steps), "compilations": compiled, "busy": busy, "host_bytes_grown": grown}  # fmt: skip
+            "steps": len(run.steps), "late": run.late, "compilations": compiled, "busy": busy,
+            "host_bytes_grown": grown}  # fmt: skip
 
 
 def main() -> None:
@@ -74,8 +75,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20_000, help="to generate from; 0: none")
     args = parser.parse_args()
     claim_memory()
-    shape, (bandwidth, flops) = SHAPES[args.model], rates(2**32, 8192)
-    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s, matrix products {flops / 1e12:.0f} TFLOP/s", flush=True)
+    shape, (_, flops) = SHAPES[args.model], rates()
     with random_llm(args.model, max_model_len=TEXT[1] + 1, dtype="bfloat16") as llm:
         if args.texts:
             report({"model": args.model, **score(llm, shape, args.texts, flops)})

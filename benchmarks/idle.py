@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -12,18 +12,29 @@ import numpy as np
 from jaxengine.step import StepInputs
 
 
+@dataclass
+class Recording:
+    steps: list[StepInputs] = field(default_factory=list)
+    late: int = 0  # how many of them came when the device had finished the one before
+
+
 @contextmanager
-def recorded(runner: Any) -> Iterator[list[StepInputs]]:
-    """The inputs of all steps that are submitted meanwhile."""
-    steps: list[StepInputs] = []
+def recorded(runner: Any) -> Iterator[Recording]:
+    """All steps that are submitted meanwhile."""
+    import jax
+
+    recording, results = Recording(), list[Any]()
 
     def submit(inputs: StepInputs) -> Any:
-        steps.append(inputs)
-        return type(runner).submit(runner, inputs)
+        recording.steps.append(inputs)
+        recording.late += bool(results) and all(array.is_ready() for array in results)
+        flight = type(runner).submit(runner, inputs)
+        results[:] = jax.tree.leaves(flight._arrays)
+        return flight
 
     runner.submit = submit
     try:
-        yield steps
+        yield recording
     finally:
         del runner.submit
 

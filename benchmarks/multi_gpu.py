@@ -1,10 +1,17 @@
 """Tensor, data and pipeline parallelism on GPUs of one machine: first the answers of one GPU, then tokens/s.
 
-python -m benchmarks.multi_gpu --devices 1,2,2x1,1x2x1 --workloads bs1,bs64,fixed256,decode
+    python -m benchmarks.multi_gpu --devices 1,2,2x1,1x2x1 --workloads bs1,bs64,fixed256,decode
+
+A grid that fails is reported, and the others run. Where time is short: few programs (`--rows`, `--tokens`, each a list
+of sizes to pad to), first runs that only compile (`--warmup-tokens`), shorter outputs (`decode:256`).
 """
 
 import argparse
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,8 +19,10 @@ from typing import Any
 import numpy as np
 
 import jaxengine
-from benchmarks.common import claim_memory, longest, random_llm, report, time_workload
-from benchmarks.workloads import SHAPES
+from benchmarks import noise
+from benchmarks.common import claim_memory, longest, only_buckets, random_llm, rates, report, time_workload
+from benchmarks.steps import by_name, in_collectives, profile_step
+from benchmarks.workloads import SHAPES, Work
 
 NOISE = 0.05  # mean of absolute differences of log-probabilities; bfloat16 on two simulated devices: 0.024
 LENGTHS = (5, 40, 130, 200, 7, 60, 90, 30)
@@ -48,7 +57,7 @@ def shipped_answers(grid: Grid, dtype: str) -> tuple[list[list[int]], np.ndarray
         plain = llm.generate(
             prompts, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, detokenize=False), use_tqdm=False
         )
-    logprobs = [output.prompt_logprobs.logprobs[1:] for output in outputs if output.prompt_logprobs]
+    logprobs = [output.prompt_logprobs.logprobs for output in outputs if output.prompt_logprobs]
     return [list(output.outputs[0].token_ids) for output in plain], np.concatenate(logprobs)
 
 
@@ -65,6 +74,70 @@ def check(grid: Grid) -> None:
             raise RuntimeError(f"log-probabilities in {dtype} on {parallel(grid)} differ by {difference.mean():.3f}")
 
 
+@contextmanager
+def opened(args: argparse.Namespace, grid: Grid) -> Iterator[Any]:
+    contexts = [work.context + work.steps for work in args.profile]
+    length = max(longest(args.model, args.workloads), noise.TOKENS + 1 if args.logprobs else 2, *contexts)
+    options = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "enable_prefix_caching": False}
+    with random_llm(args.model, **parallel(grid), max_model_len=length, **options) as llm:
+        only_buckets(llm, args.rows, args.tokens)
+        yield llm
+
+
+def measure(
+    args: argparse.Namespace,
+    grid: Grid,
+    limits: tuple[float, float],
+    speeds: dict[str, float],
+    logprobs: dict[Grid, np.ndarray],
+) -> None:
+    """A row for each workload. It fills `speeds`, of the first grid, and `logprobs`, of all."""
+    with opened(args, grid) as llm:
+        # A shard with its part of the requests does less at a time: replicas are for requests of their own.
+        for name, copies in product(args.workloads, [grid[0]] if args.own_requests else sorted({1, grid[0]})):
+            result = time_workload(
+                llm, args.model, name, args.repeats, copies=copies, warmup_tokens=args.warmup_tokens, limits=limits,
+                devices=math.prod(grid),
+            )  # fmt: skip
+            speed = speeds.setdefault(name, result["out_tok_s"])
+            report(parallel(grid) | result | {"copies": copies, "speed_up": result["out_tok_s"] / speed})
+        if not args.logprobs:
+            return
+        found = noise.log_probabilities(llm, args.model)
+        if logprobs:
+            other, name = next(iter(logprobs.values())), "these devices - the first"
+        else:
+            other, name = noise.log_probabilities(llm, args.model, together=False), "all together - one at a time"
+        report(parallel(grid) | {"logprobs": name} | noise.distance(found, other))
+        logprobs[grid] = found
+
+
+def profile(args: argparse.Namespace, grid: Grid) -> None:
+    """What of a step's time its collectives take."""
+    with opened(args, grid) as llm:
+        for work in args.profile:
+            kernels = by_name(profile_step(llm._runner, work))
+            report(parallel(grid) | {"step": str(work)} | in_collectives(kernels, SHAPES[args.model], work, grid[2]))
+
+
+def in_float32(args: argparse.Namespace, logprobs: dict[Grid, np.ndarray]) -> None:
+    exact = noise.in_float32(args.model, args.float32)
+    for grid, found in logprobs.items():
+        report(parallel(grid) | {"logprobs": "these devices - float32"} | noise.distance(found, exact))
+
+
+def words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def numbers(text: str) -> list[int]:
+    return list(map(int, words(text)))
+
+
+def works(text: str) -> list[Work]:
+    return [Work.parse(word) for word in words(text)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama8b", choices=SHAPES)
@@ -73,29 +146,45 @@ def main() -> None:
         default="1,2",
         help="tensor, data x tensor or data x stages x tensor, as in 2x1; speed-ups are over the first",
     )
-    parser.add_argument("--workloads", default="bs1,bs64,fixed256,decode")
+    parser.add_argument(
+        "--workloads", type=words, default="bs1,bs64,fixed256,decode", help="decode:256: with 256 output tokens each"
+    )
+    parser.add_argument("--own-requests", action="store_true", help="a data axis: not the same requests, only as many")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=256, help="of each shard of the data axis")
+    parser.add_argument(
+        "--rows", type=numbers, default=[], help="decode steps are compiled for these and --max-num-seqs"
+    )
+    parser.add_argument("--tokens", type=numbers, default=[], help="steps with prompts for these and the largest")
+    parser.add_argument("--warmup-tokens", type=int, help="of each request's prompt and output in the first run")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--no-check", action="store_true", help="speed only")
+    parser.add_argument("--no-check", action="store_true", help="do not compare the shipped model's answers")
+    parser.add_argument("--logprobs", action="store_true", help="of prompts, beside the first grid's and its noise")
+    parser.add_argument("--float32", type=Path, help="and beside those of one device in float32, kept in this file.npy")
+    parser.add_argument("--profile", type=works, default=[], help="steps as in benchmarks.steps: the collectives' part")
     args = parser.parse_args()
     claim_memory()
     import jax
 
-    grids, workloads = [parse(size) for size in args.devices.split(",")], args.workloads.split(",")
-    print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
+    grids = [parse(size) for size in args.devices.split(",")]
+    print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}, {vars(args)}", flush=True)
     for grid in grids if not args.no_check else []:
         if math.prod(grid) > 1:
             check(grid)
-    options = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "enable_prefix_caching": False}
-    first: dict[str, float] = {}
-    for grid in grids:
-        with random_llm(args.model, **parallel(grid), max_model_len=longest(args.model, workloads), **options) as llm:
-            # A shard with its part of the requests does less at a time: replicas are for requests of their own.
-            for name, copies in product(workloads, sorted({1, grid[0]})):
-                result = time_workload(llm, args.model, name, args.repeats, copies=copies)
-                speed = first.setdefault(name, result["out_tok_s"])
-                report(parallel(grid) | result | {"copies": copies, "speed_up": result["out_tok_s"] / speed})
+    limits, speeds, logprobs = rates(), {}, {}  # type: tuple[float, float], dict[str, float], dict[Grid, np.ndarray]
+    parts = {f"measure {grid}": partial(measure, args, grid, limits, speeds, logprobs) for grid in grids}
+    # After the others, as a process that has profiled may stay slower.
+    tensor = [grid for grid in grids if args.profile and grid[:2] == (1, 1) and grid[2] > 1]
+    parts |= {f"profile {grid}": partial(profile, args, grid) for grid in tensor}
+    parts |= {"float32": partial(in_float32, args, logprobs)} if args.float32 else {}
+    failed = False
+    for name, part in parts.items():
+        try:
+            part()
+        except Exception as error:
+            failed = True
+            report({"failed": name, "error": f"{type(error).__name__}: {error}"[:2000]})
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

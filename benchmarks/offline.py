@@ -9,7 +9,7 @@ import argparse
 
 from benchmarks.common import claim_memory, longest, peer_results, random_llm, rates, report, time_workload
 from benchmarks.idle import queued_seconds, recorded
-from benchmarks.workloads import SHAPES, floor_seconds, requests
+from benchmarks.workloads import SHAPES
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     claim_memory()
     import jax
 
-    workloads, shape = args.workloads.split(","), SHAPES[args.model]
+    workloads = args.workloads.split(",")
     options = {
         name: getattr(args, name)
         for name in ("dtype", "attention", "page_size", "max_num_seqs", "steps_in_flight", "steps_per_call")
@@ -45,20 +45,15 @@ def main() -> None:
     if args.max_num_batched_tokens is not None:
         options["max_num_batched_tokens"] = args.max_num_batched_tokens
     device = jax.devices()[0]
-    on_cpu = device.platform == "cpu"
     print(f"{device.device_kind}, jax {jax.__version__}, {args.model}, {options}", flush=True)
-    bandwidth, flops = rates(2**28 if on_cpu else 2**32, 1024 if on_cpu else 8192)
-    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s, matrix products {flops / 1e12:.0f} TFLOP/s", flush=True)
+    limits = rates()
     with random_llm(args.model, max_model_len=longest(args.model, workloads), **options) as llm:
         for name in workloads:
-            result = time_workload(llm, args.model, name, args.repeats)
-            prompts, lengths = requests(name, shape.vocab_size)
-            floor = floor_seconds(shape, prompts, lengths, bandwidth, flops)
-            result |= {"floor_seconds": floor, "share_of_floor": floor / result["seconds"]}
+            result = time_workload(llm, args.model, name, args.repeats, limits=limits)
             if name in args.idle.split(","):
-                with recorded(llm._runner) as steps:
+                with recorded(llm._runner) as run:
                     again = time_workload(llm, args.model, name, repeats=1, warmups=0)
-                result["idle"] = 1 - queued_seconds(llm._runner, steps) / again["seconds"]
+                result["idle"] = 1 - queued_seconds(llm._runner, run.steps) / again["seconds"]
             report(result)
 
 

@@ -4,50 +4,28 @@
 
 `256x640*4` are four steps in one call. `queued` is the device's time of a step when the host is far ahead, `ahead`
 that of a step when one more call is queued behind its own (as in the engine), `wait` when each call is waited for,
-and `call` the host's time for submitting one. A profile runs without command buffers, so its sum is more than `queued`.
+and `call` the host's time for submitting one. A profile is listed by op (see `roofline`) and by kernel.
 """
 
 import argparse
 import re
 import statistics
-import tempfile
 import time
-from collections import Counter
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common import random_llm, rates
-from benchmarks.workloads import SHAPES, Shape
+from benchmarks.profiles import Kernel, keep_names, median_step, name_of, profile
+from benchmarks.roofline import costs, reached, table
+from benchmarks.workloads import SHAPES, Shape, Work
 from jaxengine.step import SlotWrite, StepInputs, packed_size, unpack
 
-
-@dataclass(frozen=True)
-class Work:
-    """What a call computes: `steps` tokens of each of `rows` sequences, or one and `prompts` prompts of `tokens`."""
-
-    rows: int
-    context: int  # tokens of each of `rows`, the new one included
-    prompts: int = 0
-    tokens: int = 0
-    steps: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> "Work":
-        """`ROWSxCONTEXT`, `ROWSxCONTEXT*STEPS` or `ROWSxCONTEXT+PROMPTSxTOKENS`."""
-        shape, _, steps = text.partition("*")
-        decode, _, prompts = shape.partition("+")
-        sizes = (tuple(map(int, part.split("x"))) for part in (decode, prompts or "0x0"))
-        (rows, context), (count, tokens) = sizes
-        return cls(rows, context, count, tokens, int(steps or 1))
-
-    def floor_ms(self, shape: Shape, bandwidth: float, flops: float) -> float:
-        """As `workloads.floor_seconds` has it: prompts at the rate of products, then weights and KV read once."""
-        prompts = self.prompts * self.tokens * 2 * shape.parameters_read / flops
-        read = 2 * shape.parameters_read + self.rows * self.context * shape.kv_bytes() if self.rows else 0
-        return (prompts + read / bandwidth) * 1e3
+# XLA's own kernel for a small sum is a fusion named after jax's operation.
+COLLECTIVE = re.compile(r"nccl|psum|all.?(reduce|gather|to.?all)|reduce.?scatter|collective|permute", re.IGNORECASE)
 
 
 def step_inputs(runner: Any, work: Work, seed: int = 0) -> tuple[StepInputs, StepInputs]:
@@ -120,31 +98,37 @@ def time_steps(runner: Any, work: Work, calls: int = 100) -> dict[str, float]:
     }
 
 
-def profile_step(runner: Any, work: Work, steps: int = 10) -> list[tuple[str, float, float]]:
-    """(kernel, calls a step, microseconds a step) of the device's kernels, the most costly first."""
-    import jax
-
+def profile_step(runner: Any, work: Work, steps: int = 10) -> list[list[Kernel]]:
+    """The kernels of each of `steps` steps, as `profiles.profile` has them; the programs are compiled by then."""
     first, inputs = step_inputs(runner, work)
     runner.submit(first).result()
     runner.submit(inputs).result()
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            flights = [runner.submit(inputs) for _ in range(steps)]
-            flights[-1].result()
-        trace = jax.profiler.ProfileData.from_file(str(next(Path(folder).rglob("*.xplane.pb"))))
-        spent: Counter[str] = Counter()
-        calls: Counter[str] = Counter()
-        for plane in trace.planes:
-            if not plane.name.startswith("/device:GPU"):
-                continue
-            for line in plane.lines:
-                if not line.name.startswith("Stream"):
-                    continue
-                for event in line.events:
-                    name = re.sub(r"[._]?\d+$", "", re.sub(r"[._]?\d+$", "", event.name))
-                    spent[name] += event.duration_ns
-                    calls[name] += 1
-    return [(name, calls[name] / steps, ns / 1e3 / steps) for name, ns in spent.most_common()]
+    return profile(runner, inputs, steps)
+
+
+def by_name(steps: Sequence[Sequence[Kernel]]) -> list[tuple[str, float, float]]:
+    """(kernel without its number, calls a step, microseconds a step) of profiled steps, the most costly first."""
+    spent: defaultdict[str, list[float]] = defaultdict(list)
+    for kernel in (kernel for step in steps for kernel in step):
+        spent[name_of(kernel.name)].append(kernel.us)
+    found = [(name, len(us) / len(steps), sum(us) / len(steps)) for name, us in spent.items()]
+    return sorted(found, key=lambda kernel: -kernel[2])
+
+
+def in_collectives(kernels: list[tuple[str, float, float]], shape: Shape, work: Work, devices: int) -> dict[str, Any]:
+    """What of a profiled step is spent in collectives over so many devices, waiting for the others included, beside the
+    bytes that each sends for two sums a layer and the embedding's; GB/s of that."""
+    found = [kernel for kernel in kernels if COLLECTIVE.search(kernel[0])]
+    us, rows = sum(us for *_, us in found), work.rows + work.prompts * work.tokens
+    sent = (2 * shape.num_layers + 1) * 2 * (devices - 1) / devices * rows * shape.hidden_size * 2
+    return {
+        "kernels_us": sum(us for *_, us in kernels),
+        "collectives_us": us,
+        "collectives": sum(count for _, count, _ in found),
+        "sent_bytes": sent,
+        "GB/s": sent / us / 1e3 if us else 0.0,
+        "names": [f"{name[:60]}: {count:.0f} x {us / count:.1f} us" for name, count, us in found[:5]],
+    }
 
 
 def main() -> None:
@@ -157,9 +141,9 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     args = parser.parse_args()
 
+    keep_names()
     shape = SHAPES[args.model]
-    bandwidth, flops = rates(2**32, 8192)
-    print(f"read bandwidth {bandwidth / 1e12:.2f} TB/s, matrix products {flops / 1e12:.0f} TFLOP/s", flush=True)
+    bandwidth, flops = rates()
     options = {"attention": args.attention, "max_model_len": args.max_model_len, "max_num_seqs": args.max_num_seqs}
     with random_llm(args.model, **options) as llm:
         runner = llm._runner
@@ -170,11 +154,10 @@ def main() -> None:
             print(f"{name:>18}{floor:9.3f}{ms['queued']:9.3f}{floor / ms['queued']:7.2f}"
                   f"{ms['ahead']:9.3f}{ms['wait']:9.3f}{ms['call']:8.3f}", flush=True)  # fmt: skip
         for name in filter(None, args.profile.split(",")):
-            kernels = profile_step(runner, Work.parse(name))
-            total = sum(us for *_, us in kernels)
-            print(f"{name}: {sum(count for _, count, _ in kernels):.0f} kernels, {total:.0f} us")
-            for kernel, count, us in kernels[:40]:
-                print(f"{us:9.1f} us {count:6.1f} x {us / count:8.2f}  {kernel[:110]}")
+            kernels = median_step(profile_step(runner, work := Work.parse(name)))
+            print(f"{name}\n{table(reached(kernels, costs(shape, work), bandwidth, flops), kernels)}")
+            for plain, count, us in by_name([kernels])[:40]:
+                print(f"{us:9.1f} us {count:4.0f} x {us / count:8.2f}  {plain[:110]}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Model shapes and request sets. Pure Python: whatever measures another engine can make the very same requests."""
+"""Model shapes, request sets, and what a step computes.
+
+Pure Python: whatever measures another engine can make the very same requests.
+"""
 
 import json
 import random
@@ -70,6 +73,7 @@ class Shape:
 
 
 SHAPES = {
+    "llama70b": Shape("llama", 8192, 28672, 80, 64, 8, 128, 128256, False, 500_000.0, 8.0),
     "llama8b": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False, 500_000.0, 8.0),
     "llama3b": Shape("llama", 3072, 8192, 28, 24, 8, 128, 128256, True, 500_000.0, 32.0),
     "llama1b": Shape("llama", 2048, 8192, 16, 32, 8, 64, 128256, True, 500_000.0, 32.0),
@@ -106,7 +110,14 @@ WORKLOADS = {
 
 
 def requests(name: str, vocab_size: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
-    """Prompts as token ids, and how many tokens each is to give. The order of the draws is part of the contract."""
+    """Prompts as token ids, and how many tokens each is to give. The order of the draws is part of the contract.
+
+    `bs64:32` is `bs64` with 32 output tokens of each request.
+    """
+    name, _, output = name.partition(":")
+    if output:
+        prompts, _ = requests(name, vocab_size, seed)
+        return prompts, [int(output)] * len(prompts)
     work, rng = WORKLOADS[name], random.Random(seed)
     if name == "nano":  # the set of nano-vllm's bench.py, request for request
         prompts = [[rng.randint(0, 10_000) % vocab_size for _ in range(rng.randint(*work.prompt))] for _ in range(256)]
@@ -117,14 +128,48 @@ def requests(name: str, vocab_size: int, seed: int = 0) -> tuple[list[list[int]]
 
 
 def floor_seconds(
-    shape: Shape, prompts: Sequence[Sequence[int]], outputs: Sequence[int], bandwidth: float, flops: float
+    shape: Shape,
+    prompts: Sequence[Sequence[int]],
+    outputs: Sequence[int],
+    bandwidth: float,
+    flops: float,
+    devices: int = 1,
 ) -> float:
     """The time that no engine can beat in bfloat16: prompts at the rate of matrix products (operations/s), then the
-    weights once a step and each KV byte that a decoded token must read, at the read bandwidth (bytes/s)."""
+    weights once a step and each KV byte that a decoded token must read, at the read bandwidth (bytes/s).
+
+    Both rates are one device's; of several, each has its part of all that, and their links cost nothing.
+    """
     prefill = sum(map(len, prompts)) * 2 * shape.parameters_read / flops
     weights = (max(outputs) - 1) * 2 * shape.parameters_read
     kv = sum(length for prompt, n in zip(prompts, outputs) for length in range(len(prompt) + 1, len(prompt) + n))
-    return prefill + (weights + kv * shape.kv_bytes()) / bandwidth
+    return (prefill + (weights + kv * shape.kv_bytes()) / bandwidth) / devices
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call computes: `steps` tokens of each of `rows` sequences, or one and `prompts` prompts of `tokens`."""
+
+    rows: int
+    context: int  # tokens of each of `rows`, the new one included
+    prompts: int = 0
+    tokens: int = 0
+    steps: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Work":
+        """`ROWSxCONTEXT`, `ROWSxCONTEXT*STEPS` or `ROWSxCONTEXT+PROMPTSxTOKENS`."""
+        shape, _, steps = text.partition("*")
+        decode, _, prompts = shape.partition("+")
+        sizes = (tuple(map(int, part.split("x"))) for part in (decode, prompts or "0x0"))
+        (rows, context), (count, tokens) = sizes
+        return cls(rows, context, count, tokens, int(steps or 1))
+
+    def floor_ms(self, shape: Shape, bandwidth: float, flops: float) -> float:
+        """As `floor_seconds` has it: prompts at the rate of products, then weights and KV read once."""
+        prompts = self.prompts * self.tokens * 2 * shape.parameters_read / flops
+        read = 2 * shape.parameters_read + self.rows * self.context * shape.kv_bytes() if self.rows else 0
+        return (prompts + read / bandwidth) * 1e3
 
 
 def write_checkpoint_config(shape: Shape, folder: Path) -> Path:

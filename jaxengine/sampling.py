@@ -67,6 +67,7 @@ class TokenLogprobs(NamedTuple):
     top_logprobs: jax.Array  # float32 [T, K]
 
 
+@jax.named_scope("sample")
 def sample(
     logits: jax.Array,
     fields: SamplingFields,

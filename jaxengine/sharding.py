@@ -169,6 +169,11 @@ def gather(x: jax.Array, axis: Axis | None, dimension: int = -1) -> jax.Array:
     return x if axis is None else jax.lax.all_gather(x, axis, axis=dimension % x.ndim, tiled=True)
 
 
+def once(x: jax.Array, axis: Axis | None) -> jax.Array:
+    """x on the first device of `axis`, zeros on the others: what sums to x."""
+    return x if axis is None else jnp.where(jax.lax.axis_index(axis) == 0, x, 0)
+
+
 def total(x: jax.Array, axis: Axis | None) -> jax.Array:
     """The sum of what the devices of `axis` have."""
     return x if axis is None else jax.lax.psum(x, axis)

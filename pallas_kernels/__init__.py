@@ -7,6 +7,11 @@ The kernels compile for NVIDIA GPUs of compute capability 8.0 and above, or run 
 """
 
 from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from pallas_kernels.all_reduce_rms_norm import (
+    all_reduce_rms_norm,
+    all_reduce_rms_norm_reference,
+    workspace_words,
+)
 from pallas_kernels.gated_activation import gated_activation, gated_activation_reference
 from pallas_kernels.grouped_matmul import (
     grouped_gated_matmul,
@@ -22,6 +27,8 @@ from pallas_kernels.rope_write import rope_write, rope_write_reference
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_reference",
+    "all_reduce_rms_norm",
+    "all_reduce_rms_norm_reference",
     "gated_activation",
     "gated_activation_reference",
     "grouped_gated_matmul",
@@ -36,4 +43,5 @@ __all__ = [
     "paged_extend_reference",
     "rope_write",
     "rope_write_reference",
+    "workspace_words",
 ]

@@ -30,7 +30,9 @@ from jaxengine.engine.device_weights import DeviceWeights
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
 from jaxengine.layers import pipeline
 from jaxengine.layers.attention import AttentionInputs, Implementation
+from jaxengine.layers.peers import create_peers, linked, own, peer_rows, peers_sharding
 from jaxengine.layers.pooling import pooled_sums
+from jaxengine.models import sums_over_peers
 from jaxengine.request import MAX_LOGIT_BIAS
 from jaxengine.sampling import (
     count_tokens,
@@ -105,6 +107,9 @@ class Runner:
         self.layer_group = tuple(of_layer[i] for i in range(len(of_layer)))
         self.weights = DeviceWeights(model, params, max_model_len, mesh, borrowed)
         self.vocab_size, self.shards, self.stages = model.vocab_size, mesh.shape[DATA], mesh.shape[STAGE]
+        self._row_bytes = model.hidden_size * self.weights.leaves[0].dtype.itemsize
+        uses_peers = self.stages == 1 and sums_over_peers(model) and linked(mesh)
+        self._peer_rows = min(buckets.rows[-1], peer_rows(mesh, self._row_bytes)) if uses_peers else 0
         self._gathers = self.shards > 1 and mesh.is_multi_process  # else a process could not read all shards' results
         self._programs: dict[tuple, Any] = {}
         self._compiling: dict[tuple, Future] = {}
@@ -134,10 +139,11 @@ class Runner:
             array((slots, MAX_LOGIT_BIAS), jnp.int32, -1),
             array((slots, MAX_LOGIT_BIAS), jnp.float32),
         )
+        self._peers = create_peers(self.mesh, self._peer_rows, self._row_bytes) if self._peer_rows else ()
 
     def sleep(self, level: int) -> None:
         """Gives up cache and slots (1), and the weights too (2); programs stay. `reset` makes the former again."""
-        for name in ("_cache", "_slots", "_rules"):
+        for name in ("_cache", "_slots", "_rules", "_peers"):
             for array in jax.tree.leaves(vars(self).pop(name, ())):
                 array.delete()
         if level > 1:
@@ -173,7 +179,7 @@ class Runner:
         if inputs.kind == "decode":
             key = (inputs.bucket, inputs.mode)
             self._cache, last, tables, tokens = self._run(
-                "decode", key, self.weights.leaves, self._cache, *self._slots, inputs.packed
+                "decode", key, self.weights.leaves, self._cache, *self._slots, self._peers, inputs.packed
             )
             self._slots = self._slots._replace(last_token=last, tables=tables)
             return Flight({"tokens": tokens}, (), inputs.order)
@@ -274,12 +280,14 @@ class Runner:
     def _lower(self, name: str, key: tuple) -> Any:
         leaves, cache, whole = self.weights.specs, named_sharding(self.mesh, AXES), named_sharding(self.mesh)
         rows, tables = named_sharding(self.mesh, ("rows",)), named_sharding(self.mesh, (None, "rows"))
+        each = peers_sharding(self.mesh)
         told = whole if self._gathers else rows
         # Which arguments are donated; where all of them lie, and the results: pinned, one that drifts would compile the
         # next step again.
         programs: dict[str, tuple[Callable, tuple[int, ...], tuple, Any]] = {
             "decode": (
-                self._decode, (1, 2, 3), (leaves, cache, rows, tables, rows, rows, rows), (cache, rows, tables, told)
+                self._decode, (1, 2, 3), (leaves, cache, rows, tables, rows, rows, each, rows),
+                (cache, rows, tables, told),
             ),
             "mixed": (self._mixed, (1, 3), (leaves, cache, rows, tables, rows), (cache, tables, rows, rows)),
             "head": (self._head, (2, 6), (leaves, rows, rows, tables, rows, rows, rows, rows), (rows, rows, told)),
@@ -305,7 +313,7 @@ class Runner:
         jitted = jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options or None)
         return jitted.lower(*arguments)
 
-    def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, packed):
+    def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, peers, packed):
         """`bucket.steps` new tokens for each row [rows, steps], head and sampler included."""
         step = unpack("decode", bucket, packed)
         tables = update_tables(tables, step["page_updates"])
@@ -313,6 +321,7 @@ class Runner:
         rows = tuple(table[slots] for table in tables), ints[slots], floats[slots], step["lengths"], step["counts"]
         tokens = jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
         model = self.weights.module(leaves)
+        peers = own(peers) if peers and bucket.rows <= self._peer_rows else None
 
         def lengths_in(rows, number):
             *_, lengths, counts = rows
@@ -323,7 +332,7 @@ class Runner:
             positions = jnp.maximum(lengths - 1, 0)
             page, offset = self._places(row_tables, jnp.where(lengths > 0, jnp.arange(len(lengths)), -1), positions)
             return AttentionInputs(positions, page, offset, row_tables, lengths, None, None, None, None,
-                                   self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
+                                   self.layer_group, self.attention, self.buckets.block_q, peers)  # fmt: skip
 
         def draw(rows, x, number):
             _, ints, floats, *_ = rows
@@ -333,7 +342,8 @@ class Runner:
         def next_tokens(carry, number):
             cache, tokens = carry
             at = inputs(rows, number)
-            x, cache = model.run_layers(model.embed(tokens, at.positions), at, cache)
+            x = model.embed(tokens, at.positions) if peers is None else model.embed(tokens, at.positions, partial=True)
+            x, cache = model.run_layers(x, at, cache)
             drawn = draw(rows, x, number)
             return (cache, drawn), drawn
 
@@ -461,7 +471,7 @@ class Runner:
         mask = np.zeros(rules.mask.shape[1], np.uint32)
         match name:
             case "decode":
-                return leaves, self._cache, *slots, packed()
+                return leaves, self._cache, *slots, self._peers, packed()
             case "head":
                 rows = hidden(self.buckets.max_num_seqs)
                 return leaves, rows, *slots, rules if key[1] == "everything" else (), packed()

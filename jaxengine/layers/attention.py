@@ -9,11 +9,23 @@ import jax.numpy as jnp
 from jaxengine.kv_cache import LayerCache
 from jaxengine.layers.norm import RMSNorm
 from jaxengine.layers.ops import Implementation, ops
+from jaxengine.layers.peers import Peers
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "page", "offset", "tables", "lengths", "q_start", "q_len", "block_row", "block_start"],
+    data_fields=[
+        "positions",
+        "page",
+        "offset",
+        "tables",
+        "lengths",
+        "q_start",
+        "q_len",
+        "block_row",
+        "block_start",
+        "peers",
+    ],
     meta_fields=["layer_group", "implementation", "block_q"],
 )
 @dataclass(frozen=True)
@@ -36,6 +48,7 @@ class AttentionInputs:
     layer_group: tuple[int, ...]  # static: the cache group of each layer
     implementation: Implementation  # static
     block_q: int  # static: tokens in a block
+    peers: Peers | None = None  # of the devices that split layers; None: XLA sums for them
 
     def for_layer(self, i: int) -> "LayerInputs":
         group = self.layer_group[i]

@@ -15,11 +15,13 @@ class Embedding(nnx.Module):
     def __init__(self, params: Mapping[str, jax.Array], axis: Axis | None = None):
         self.embedding, self.axis = nnx.Param(params["embedding"]), axis
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """ids int32 [tokens] -> [tokens, hidden]."""
+    @jax.named_scope("embed")
+    def __call__(self, ids: jax.Array, partial: bool = False) -> jax.Array:
+        """ids int32 [tokens] -> [tokens, hidden]; `partial`: see `Linear`."""
         table = self.embedding[...]
         if self.axis is None:
             return table[ids]
         ids = ids - share_ids(len(table), self.axis)[0]
         own = (ids >= 0) & (ids < len(table))
-        return total(jnp.where(own[:, None], table[jnp.where(own, ids, 0)], 0), self.axis)
+        found = jnp.where(own[:, None], table[jnp.where(own, ids, 0)], 0)
+        return found if partial else total(found, self.axis)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxengine.sharding import Axis, total
+from jaxengine.sharding import Axis, once, total
 
 FEW_TOKENS = 64  # up to so many, a CPU multiplies [out, in] by [in, tokens] faster than [tokens, in] by [in, out]
 
@@ -28,10 +28,14 @@ class Linear(nnx.Module):
         self.kernel_t = nnx.Param(params["kernel_t"]) if "kernel_t" in params else None
         self.bias = nnx.Param(params["bias"]) if "bias" in params else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [tokens, in] -> [tokens, out] in x's dtype."""
-        y = total(self._product(x, x.dtype), self.axis)
-        return y if self.bias is None else y + self.bias[...]
+    def __call__(self, x: jax.Array, partial: bool = False) -> jax.Array:
+        """x [tokens, in] -> [tokens, out] in x's dtype. `partial`: what this device adds to it, for others to sum."""
+        y = self._product(x, x.dtype)
+        y = y if partial else total(y, self.axis)
+        if self.bias is None:
+            return y
+        bias = self.bias[...]
+        return y + (once(bias, self.axis) if partial else bias)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [rows, in] -> float32 [rows, out], never rounded to x's dtype on the way."""
@@ -63,12 +67,14 @@ class Projections(nnx.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """x [tokens, in] -> one [tokens, width] for each name."""
         if not hasattr(self, self.fused_name):
-            return tuple(getattr(self, name)(x) for name in self.names)
+            with jax.named_scope(self.fused_name):
+                return tuple(getattr(self, name)(x) for name in self.names)
         ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths) - 1)]
         return tuple(jnp.split(self.joined(x), ends, axis=-1))
 
     def joined(self, x: jax.Array) -> jax.Array:
         """x [tokens, in] -> [tokens, sum of widths], side by side; without a fused kernel that is a copy."""
-        if hasattr(self, self.fused_name):
-            return getattr(self, self.fused_name)(x)
-        return jnp.concatenate([getattr(self, name)(x) for name in self.names], axis=-1)
+        with jax.named_scope(self.fused_name):
+            if hasattr(self, self.fused_name):
+                return getattr(self, self.fused_name)(x)
+            return jnp.concatenate([getattr(self, name)(x) for name in self.names], axis=-1)

@@ -44,7 +44,7 @@ class MoE(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, inputs: LayerInputs) -> jax.Array:
-        """x [tokens, hidden] -> the same shape; zeros for padding, which no expert sees."""
+        """x [tokens, hidden] -> the same shape (with peers a part of it); zeros for padding, which no expert sees."""
         weights, experts = self.route(x)
         stacked = self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj
         op, (gate, up, down) = ops(inputs.step.implementation), (each.kernel[...] for each in stacked)
@@ -59,7 +59,8 @@ class MoE(nnx.Module):
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
         y = y[place].reshape(*experts.shape, -1).astype(jnp.float32)
         y = jnp.where(own[:, :, None], weights[:, :, None] * y, 0)
-        return total(jnp.sum(y, axis=1).astype(x.dtype), self.axis)
+        y = jnp.sum(y, axis=1).astype(x.dtype)
+        return y if inputs.step.peers is not None else total(y, self.axis)
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [tokens, hidden] -> weights float32 and experts int32, both [tokens, per_token]."""

@@ -20,6 +20,7 @@ class RMSNorm(nnx.Module):
     def __init__(self, params: Mapping[str, jax.Array], eps: float):
         self.scale, self.eps = nnx.Param(params["scale"]), eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.scale[...], self.eps)
 
@@ -30,6 +31,7 @@ class LayerNorm(nnx.Module):
     def __init__(self, params: Mapping[str, jax.Array], eps: float):
         self.scale, self.bias, self.eps = nnx.Param(params["scale"]), nnx.Param(params["bias"]), eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)

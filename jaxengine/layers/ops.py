@@ -1,7 +1,7 @@
 """The operations that have several implementations behind one signature; which one runs is chosen once, at start-up.
 
 `triton` and `reference` are the kernels and their twins in `pallas_kernels`, where the signatures are documented;
-`xla` is plain XLA, the default on CPU.
+`xla` is plain XLA, the default on CPU. In a profile each runs under its name here.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from jaxengine.layers import xla_attention, xla_grouped
 from jaxengine.layers.activation import ERF
 from jaxengine.layers.norm import rms_norm
 from jaxengine.layers.rope import apply_rope
+from jaxengine.sharding import LAYER, total
 
 Implementation = Literal["reference", "xla", "triton"]
 
@@ -24,6 +25,7 @@ class Ops(NamedTuple):
     """Named as in `pallas_kernels`."""
 
     add_rms_norm: Callable
+    all_reduce_rms_norm: Callable
     gated_activation: Callable
     grouped_gated_matmul: Callable
     grouped_matmul: Callable
@@ -36,16 +38,25 @@ class Ops(NamedTuple):
 @cache
 def ops(implementation: Implementation) -> Ops:
     """The operations of an implementation; the kernels' imports cost time that the CPU need not pay."""
+    found = _unnamed(implementation)
+    return Ops(*(jax.named_call(op, name=name) for name, op in found._asdict().items()))
+
+
+def _unnamed(implementation: Implementation) -> Ops:
     if implementation == "xla":
         attention = xla_attention.paged_decode, xla_attention.paged_extend
         grouped = xla_grouped.grouped_gated_matmul, xla_grouped.grouped_matmul
-        return Ops(_add_rms_norm, _gated_activation, *grouped, _kv_write, *attention, _rope_write)
+        return Ops(_add_rms_norm, _all_reduce_rms_norm, _gated_activation, *grouped, _kv_write, *attention, _rope_write)
     import pallas_kernels as kernels
 
     suffix = "_reference" if implementation == "reference" else ""
     found = Ops(*(getattr(kernels, name + suffix) for name in Ops._fields))
     if implementation == "reference":
-        return found
+
+        def of_layers(x, y, scale, addresses, workspace, *, eps):
+            return kernels.all_reduce_rms_norm_reference(x, y, scale, LAYER, eps=eps)
+
+        return found._replace(all_reduce_rms_norm=of_layers)
 
     def gated_activation(x, activation):
         return (_gated_activation if activation is ERF else kernels.gated_activation)(x, activation)
@@ -59,8 +70,12 @@ def ops(implementation: Implementation) -> Ops:
 
 
 def _add_rms_norm(x, y, scale, *, eps) -> tuple[jax.Array, jax.Array]:
-    total = x + y
-    return total, rms_norm(total, scale, eps)
+    stream = x + y
+    return stream, rms_norm(stream, scale, eps)
+
+
+def _all_reduce_rms_norm(x, y, scale, addresses, workspace, *, eps) -> tuple[jax.Array, jax.Array]:
+    return _add_rms_norm(x, total(y, LAYER), scale, eps=eps)
 
 
 def _gated_activation(x, activation) -> jax.Array:

@@ -57,6 +57,11 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     return specs | {path: replace(specs[path], layer=(i, config.num_layers)) for path, i in layers.items()}
 
 
+def sums_over_peers(config: ModelConfig) -> bool:
+    """Whether its layers add and normalize in one pass, which then can sum over devices too."""
+    return family(config) is llama
+
+
 def one_stage(config: ModelConfig, stages: int) -> ModelConfig:
     """The layers of each stage of a pipeline: layer i of stage s is layer `s * layers + i` of the model.
 

@@ -14,7 +14,7 @@ from jaxengine.layers.embedding import Embedding
 from jaxengine.layers.linear import Linear, Projections
 from jaxengine.layers.norm import LayerNorm
 from jaxengine.models import llama
-from jaxengine.sharding import Axis, ParamSpec
+from jaxengine.sharding import Axis, ParamSpec, once
 
 
 def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
@@ -36,7 +36,8 @@ class Attention(nnx.Module):
         q, k, v = (y.reshape(len(x), -1, self.head_dim) for y in self.qkv(x))
         cache = write_kv(k, v, inputs, cache)
         y = attend(q, inputs, cache, scale=self.scale, window=self.window)
-        return self.o_proj(y.reshape(len(x), -1)), cache
+        with jax.named_scope("o_proj"):
+            return self.o_proj(y.reshape(len(x), -1)), cache
 
 
 class MLP(nnx.Module):
@@ -45,7 +46,10 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+        with jax.named_scope("up_proj"):
+            y = ACTIVATIONS[self.activation](self.up_proj(x))
+        with jax.named_scope("down_proj"):
+            return self.down_proj(y)
 
 
 class Layer(nnx.Module):
@@ -71,5 +75,6 @@ class Model(llama.Model):
         self.norm = LayerNorm(params["norm"], config.norm_eps)
         self.lm_head = Linear(params["lm_head"]) if "lm_head" in params else None
 
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        return self.embed_tokens(tokens) + self.embed_positions(positions)
+    def embed(self, tokens: jax.Array, positions: jax.Array, partial: bool = False) -> jax.Array:
+        place = self.embed_positions(positions)
+        return self.embed_tokens(tokens, partial) + (once(place, self.axis) if partial else place)

@@ -84,13 +84,14 @@ class Attention(nnx.Module):
         self.inv_freq = tuple(inv_freq.tolist())  # static: part of the program, not a parameter
 
     def __call__(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        """x [tokens, hidden] -> the same shape, and the cache with these tokens in it."""
+        """x [tokens, hidden] -> the same shape (with peers a part of it), and the cache with these tokens in it."""
         qkv = self.qkv.joined(x).reshape(len(x), -1, self.head_dim)
         norms = (self.q_norm, self.k_norm) if self.q_norm is not None and self.k_norm is not None else None
         angles = rope_angles(inputs.step.positions, jnp.asarray(self.inv_freq, jnp.float32), self.rope_factor)
         q, cache = rotate_and_write(qkv, *angles, norms, inputs, cache)
         y = attend(q, inputs, cache, scale=self.scale, window=self.window)
-        return self.o_proj(y.reshape(len(x), -1)), cache
+        with jax.named_scope("o_proj"):
+            return self.o_proj(y.reshape(len(x), -1), inputs.step.peers is not None), cache
 
 
 class MLP(nnx.Module):
@@ -105,14 +106,24 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, inputs: LayerInputs) -> jax.Array:
         implementation = inputs.step.implementation
         gated = ops(implementation).gated_activation(self.gate_up.joined(x), ACTIVATIONS[self.activation])
-        return self.down_proj(gated)
+        with jax.named_scope("down_proj"):
+            return self.down_proj(gated, inputs.step.peers is not None)
 
 
 class Residual(NamedTuple):
-    """x + y is the stream between two layers: the next norm adds them, in the same pass."""
+    """x + y is the stream between two layers: the next norm adds them, in the same pass. With peers y is this device's
+    part of what the devices add to x.
+    """
 
     x: jax.Array
     y: jax.Array
+
+    def normed(self, norm: RMSNorm, step: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+        """The stream, and what `norm` makes of it."""
+        op, scale = ops(step.implementation), norm.scale[...]
+        if step.peers is None:
+            return op.add_rms_norm(*self, scale, eps=norm.eps)
+        return op.all_reduce_rms_norm(*self, scale, *step.peers, eps=norm.eps)
 
 
 class Layer(nnx.Module):
@@ -126,12 +137,9 @@ class Layer(nnx.Module):
         self.mlp = MoE(config, params["mlp"], axis) if has_experts else MLP(config, params["mlp"], axis)
 
     def __call__(self, x: Residual, inputs: LayerInputs, cache: LayerCache) -> tuple[Residual, LayerCache]:
-        add_rms_norm = ops(inputs.step.implementation).add_rms_norm
-        norm = self.input_layernorm
-        total, y = add_rms_norm(*x, norm.scale[...], eps=norm.eps)
+        total, y = x.normed(self.input_layernorm, inputs.step)
         y, cache = self.self_attn(y, inputs, cache)
-        norm = self.post_attention_layernorm
-        total, y = add_rms_norm(total, y, norm.scale[...], eps=norm.eps)
+        total, y = Residual(total, y).normed(self.post_attention_layernorm, inputs.step)
         return Residual(total, self.mlp(y, inputs)), cache
 
 
@@ -158,18 +166,24 @@ class Model(nnx.Module):
         self.norm = RMSNorm(params["norm"], config.norm_eps)
         self.lm_head = Linear(params["lm_head"]) if "lm_head" in params else None
 
-    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        """tokens int32 [T], positions int32 [T] -> [T, hidden]."""
-        return self.embed_tokens(tokens)
+    def embed(self, tokens: jax.Array, positions: jax.Array, partial: bool = False) -> jax.Array:
+        """tokens int32 [T], positions int32 [T] -> [T, hidden]; `partial`: this device's part, as `run_layers` wants it
+        with peers.
+        """
+        return self.embed_tokens(tokens, partial)
 
     def run_layers(self, x: jax.Array, inputs: AttentionInputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """x [T, hidden] -> the same shape, and the cache with these tokens in it."""
-        layers, residual = [], Residual(x, jnp.zeros_like(x))
+        nothing = jnp.zeros_like(x)
+        layers, residual = [], Residual(x, nothing) if inputs.peers is None else Residual(nothing, x)
         for i, layer in enumerate(self.layers):
             residual, written = run_layer(*nnx.split(layer), residual, inputs.for_layer(i), cache.layer(i))
             layers.append(written)
-        return residual.x + residual.y, KVCache(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers))
+        # With peers the next norm is not wanted here, but the sum that comes with it.
+        total = residual.x + residual.y if inputs.peers is None else residual.normed(self.norm, inputs)[0]
+        return total, KVCache(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers))
 
+    @jax.named_scope("head")
     def head(self, x: jax.Array, share: bool = False) -> jax.Array:
         """x [rows, hidden] -> logits float32 [rows, vocab]; `share`: this device's only, with -inf for padding."""
         x = self.norm(x)

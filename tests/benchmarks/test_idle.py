@@ -11,8 +11,10 @@ def test_every_step_is_recorded_and_timed_by_interpolation(monkeypatch):
     with fresh_llm(enable_prefix_caching=False) as llm:
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
         expected = [output.outputs[0].token_ids for output in llm.generate([[5, 6, 7]] * 3, params, use_tqdm=False)]
-        with idle.recorded(llm._runner) as steps:
+        with idle.recorded(llm._runner) as run:
             llm.generate([[5, 6, 7]] * 3, params, use_tqdm=False)
+        steps = run.steps
+        assert 0 <= run.late < len(steps)
         assert [inputs.kind for inputs in steps] == ["mixed"] + ["decode"] * 11
         assert idle.queued_seconds(llm._runner, steps, samples=2, repeats=2) > 0
         # Of a program's steps, those between two that are timed take what lies between.

@@ -35,3 +35,10 @@ def test_the_floor_counts_bytes_and_operations():
     # One request of 10 prompt and 3 output tokens: a prefill, two decode steps, 11 + 12 tokens of KV.
     floor = floor_seconds(shape, [[0] * 10], [3], bandwidth=1.0, flops=1.0)
     assert floor == 10 * 2 * shape.parameters_read + 2 * 2 * shape.parameters_read + 23 * 131072
+    assert floor_seconds(shape, [[0] * 10], [3], bandwidth=1.0, flops=1.0, devices=4) == floor / 4
+    assert SHAPES["llama70b"].parameters_read == pytest.approx(69.5e9, rel=0.001)  # 70.55e9 likewise
+
+
+def test_outputs_may_be_shorter():
+    prompts, outputs = requests("bs64", 100)
+    assert requests("bs64:7", 100) == (prompts, [7] * 64) and set(outputs) == {256}

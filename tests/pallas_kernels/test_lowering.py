@@ -178,6 +178,28 @@ def test_add_rms_norm_lowers(case):
     assert lower_for_cuda(partial(kernels.add_rms_norm, eps=1e-5), x, x, scale).count(CUSTOM_CALL) == 1
 
 
+@pytest.mark.parametrize(
+    "case",
+    pairwise({"dtype": ["bfloat16", "float16", "float32"], "size": [576, 4096, 8192], "devices": [2, 4, 8]}),
+    ids=name,
+)
+def test_all_reduce_rms_norm_lowers(case):
+    x = jax.ShapeDtypeStruct((7, case["size"]), case["dtype"])
+    scale = jax.ShapeDtypeStruct((case["size"],), case["dtype"])
+    peers = ints(case["devices"] + 1, 2), ints(kernels.workspace_words(case["devices"], 7, 4 * case["size"]))
+    text = lower_for_cuda(partial(kernels.all_reduce_rms_norm, eps=1e-5), x, x, scale, *peers)
+    assert text.count(CUSTOM_CALL) == 1
+
+
+@pytest.mark.parametrize("size", [1028, 64])
+def test_all_reduce_rms_norm_refuses_rows_that_threads_cannot_share(size):
+    x, peers = jnp.zeros((7, size), jnp.bfloat16), jnp.zeros((2, 3, 2), jnp.int32)
+    with pytest.raises(ValueError, match="must have a multiple of 16 bytes"):
+        kernels.all_reduce_rms_norm(x, x, x[0], *peers, eps=1e-5)
+    with pytest.raises(ValueError, match=r"y.shape=\(7, 30\)"):
+        kernels.all_reduce_rms_norm(x, x[:, :30], x[0], *peers, eps=1e-5)
+
+
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if ACTIVATIONS[name] is not ERF])
 @pytest.mark.parametrize("dtype, size", [("bfloat16", 3072), ("float32", 1100)])
 def test_gated_activation_lowers(activation, dtype, size):

@@ -15,9 +15,11 @@ from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
 from jaxengine.errors import WeightsDeletedError
 from jaxengine.handoff.rollout import Rollout
 from jaxengine.kv_cache import AXES
+from jaxengine.layers.linear import Linear
 from jaxengine.models import param_specs
-from jaxengine.sharding import LAYER, STAGE, create_mesh, gather, named_sharding, on_each_device
-from jaxengine.weights import load_params, open_checkpoint
+from jaxengine.models.llama import Residual
+from jaxengine.sharding import LAYER, STAGE, ParamSpec, create_mesh, gather, named_sharding, on_each_device
+from jaxengine.weights import dummy, load_params, open_checkpoint
 from jaxengine.weights.checkpoint import read_config
 from tests.references import gguf_files, tiny
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, restrict
@@ -121,6 +123,21 @@ def check_places(llm, mesh):
     assert sum(shares) == len(shares) - whole
 
 
+def test_random_weights_are_the_same_on_every_mesh_and_made_where_they_stay():
+    shapes = {"mlp": ParamSpec((96, 128), ("hidden", "mlp")), "down": ParamSpec((128, 96), ("mlp", "hidden")),
+              "embed": ParamSpec((64, 96), ("vocab", "hidden"))}  # fmt: skip
+    alone = dummy.random_params(shapes, "bfloat16", create_mesh(), seed=3)
+    for mesh in (create_mesh(4), create_mesh(2, data=2), create_mesh(2, stage=2)):
+        found = dummy.random_params(shapes, "bfloat16", mesh, seed=3)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), found, alone)
+        for spec in shapes.values():
+            program = dummy._program(spec.shape, "bfloat16", 0.0, spec.sharding(mesh))
+            text = program.lower(np.uint32(0), np.uint32(0)).compile().as_text()
+            sizes = [np.prod([*map(int, dims.split(","))]) for dims in re.findall(r"\w+\[([\d,]+)\]", text)]
+            assert max(sizes) == np.prod(spec.shape) / mesh.shape["tensor"]
+            assert not COLLECTIVE.search(text)
+
+
 @pytest.mark.parametrize(
     ("family", "experts", "devices", "fuse"),
     [
@@ -161,6 +178,43 @@ def check_collectives(llm):
     wanted |= {("decode", mode): {"all-reduce": model + count} for mode, count in drawn.items()}
     wanted |= {("head", mode): {"all-reduce": count} for mode, count in drawn.items()}
     assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("family", "experts", "devices", "attention"),
+    [
+        ("qwen3_moe", 2, 4, "reference"),
+        *(pytest.param(family, 1, 2, "auto", marks=full) for family in ("llama", "qwen2", "mistral")),
+    ],
+)
+def test_the_same_answers_with_peers(family, experts, devices, attention, monkeypatch):
+    """What normalizes also sums, in decode steps: here XLA does it, as CPUs have no peers."""
+    seen = []
+    monkeypatch.setattr("jaxengine.engine.runner.linked", lambda mesh: mesh.size > 1)
+    monkeypatch.setattr("jaxengine.engine.runner.peer_rows", lambda mesh, row_bytes: 2)  # steps of four have none
+    monkeypatch.setattr(Residual, "normed", lambda *a, f=Residual.normed: seen.append(a[2].peers) or f(*a))
+    with make_llm(family, devices // experts, experts, attention=attention) as llm:
+        check_answers(family, llm)
+        check_collectives(llm)
+        assert {None if peers is None else peers.addresses.shape for peers in seen} == {None, (devices + 1, 2)}
+        llm.sleep(1)
+        llm.wake_up()
+        check_answers(family, llm)
+
+
+def test_a_bias_is_added_once():
+    def product(x, kernel, bias):
+        linear = Linear({"kernel": kernel, "bias": bias}, LAYER)
+        return jax.lax.psum(linear(x, partial=True), LAYER), linear(x)
+
+    x, kernel, bias = (tiny.uniform(name, size).reshape(-1, 8) for name, size in (("x", 16), ("w", 64), ("b", 8)))
+    place = named_sharding(create_mesh(4))
+    sharded = jax.shard_map(
+        product, mesh=place.mesh, check_vma=False, out_specs=PartitionSpec(),
+        in_specs=(PartitionSpec(None, LAYER), PartitionSpec(LAYER), PartitionSpec()),
+    )  # fmt: skip
+    for found in sharded(x, kernel, bias[0]):
+        np.testing.assert_allclose(found, x @ kernel + bias, atol=1e-6)
 
 
 def check_padding(llm, mesh):
