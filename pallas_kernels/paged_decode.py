@@ -1,8 +1,5 @@
 """Attention of a few new tokens per row to that row's pages.
 
-There are two kernels: `paged_decode_mosaic` for Hopper, and this one, through Triton, for everything. `_choose` decides
-between them.
-
 One program holds all query tokens and heads that share a KV head, so that K and V are read once (grouped-query
 attention), and one part of a row's keys (split-KV, "flash decoding"): few rows fill the GPU too, and a long row among
 short ones does not run alone at the end. A second, short kernel puts the parts of a row together.
@@ -76,7 +73,7 @@ def paged_decode(
     D], H a multiple of KH. page_table [R, W] int32; lengths [R] int32, at most W * page_size. A query sees the last
     `window` keys, its own included. Entries of the table outside a row's window and length are not used.
     Returns [R, Q, H, D] in q's dtype; zeros for a row of length 0. ValueError for shapes that do not fit.
-    tuning: a TuningConfig of this file or of `paged_decode_mosaic`, which also names the kernel, whatever the card.
+    tuning: a TuningConfig of this file, the default, or of `paged_decode_mosaic`, which also names the kernel.
     """
     tile.check(q, k_pages, v_pages, window, softcap)
     rows, queries = q.shape[:2]
@@ -84,7 +81,7 @@ def paged_decode(
         raise ValueError(f"{queries=} per row must be 1 to {MAX_QUERIES}; use paged_extend for more")
     if page_table.shape[0] != rows or lengths.shape != (rows,):
         raise ValueError(f"{rows=} of q, but {page_table.shape=} {lengths.shape=}")
-    tuning = tuning or _choose(q, k_pages, v_pages, scale, interpret)
+    tuning = tuning or TuningConfig.from_shapes(q, k_pages)
     if not isinstance(tuning, TuningConfig):
         from pallas_kernels import paged_decode_mosaic as mosaic  # costs half a second
 
@@ -125,16 +122,6 @@ def paged_decode(
         interpret=interpret,
         name="paged_decode_combine",
     )(cut.parts, cut.start, *partial_results, out)
-
-
-def _choose(q, k_pages, v_pages, scale: float, interpret: bool) -> Any:
-    """The tuning, and so the kernel, for these arrays and this card; interpret mode is quicker with Triton's."""
-    if not interpret and tile.on_mosaic_card():
-        from pallas_kernels import paged_decode_mosaic as mosaic
-
-        if mosaic.supports(q, k_pages, v_pages, scale):
-            return mosaic.TuningConfig.from_shapes(q, k_pages)
-    return TuningConfig.from_shapes(q, k_pages)
 
 
 class _Cut(NamedTuple):

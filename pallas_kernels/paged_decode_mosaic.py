@@ -1,10 +1,13 @@
-"""`paged_decode` for Hopper in Pallas Mosaic GPU: pages come by TMA, products run as wgmma.
+"""`paged_decode` for Hopper in Pallas Mosaic GPU: pages come by TMA, products run as wgmma. Nothing uses it yet.
 
-The tiles of keys of all rows and KV heads, one after the other, are dealt out evenly to streams: a few in each program,
-a program on each multiprocessor. So every stream reads as much as any other, however unlike the rows are. A stream is
-two warpgroups: the producer copies tile after tile of K and V to shared memory, far ahead, and the consumer attends.
-What a stream has of an item (a row and KV head) is a segment; where it is not all of the item, its result is partial,
-and a second, short kernel puts these together.
+In this form it has been lowered and interpreted, not run; what an earlier one reached, and what decides, stands in
+benchmarks/README.md.
+
+The keys of all rows and KV heads are dealt out evenly to streams (`paged_decode_streams`): a few in each program, a
+program on each multiprocessor. So a stream reads as much as any other, however unlike the rows are. It is two
+warpgroups: the producer copies tile after tile of K and V to shared memory, far ahead, and the consumer attends. What a
+stream has of an item (a row and KV head) is a segment; where that is not all of the item, its result is partial, and a
+second, short kernel puts the parts together (`paged_decode_combine`).
 """
 
 from dataclasses import dataclass
@@ -22,8 +25,9 @@ from pallas_kernels.mosaic_tile import ALIGN, ROWS, SWIZZLE
 from pallas_kernels.paged_decode_combine import combine
 from pallas_kernels.paged_decode_streams import Stream, deal, units
 
-MIN_CUT = 256  # keys: shorter rows are not cut
-IDS = 128  # entries of the page table in shared memory at a time
+MIN_CUT = 256  # keys: where no row can have more, none is cut
+IDS = 128  # entries of the page table in a copy
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 216, 40  # a multiprocessor has 512 for a thread of each warpgroup together
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,12 @@ class TuningConfig:
 
     block_kv: int  # keys in a tile
     stages: int  # tiles of K and of V in shared memory, for each stream
-    consumers: int  # streams of a program
+    consumers: int  # streams of a program, one or two
 
     def __post_init__(self) -> None:
         tile.check_tuning({"block_kv": self.block_kv}, {"stages": self.stages, "consumers": self.consumers})
-        if self.block_kv < 64:
-            raise ValueError(f"{self} must have a block_kv of at least 64")
+        if self.block_kv < 64 or self.consumers > 2:
+            raise ValueError(f"{self} must have a block_kv of at least 64 and one or two consumers")
 
     @classmethod
     def from_shapes(cls, q, k_pages) -> "TuningConfig":
@@ -115,7 +119,7 @@ def paged_decode_mosaic(
     unit = min(page_size, tuning.block_kv)
     page_table = jnp.pad(page_table, ((0, 0), (0, max(IDS - page_table.shape[1], -page_table.shape[1] % 4))))
     work = deal(lengths, units(lengths, queries, page_size, window, unit)[1], kv_heads, streams, cut)
-    # The queries of an item side by side.
+    # An item's queries lie side by side.
     q = q.reshape(rows, queries, kv_heads, group, dim).swapaxes(1, 2).reshape(-1, dim)
     columns, swizzled = SWIZZLE // dtype.itemsize, partial(mosaic_tile.swizzled, dtype=dtype)
     kv = swizzled((consumers, stages, tuning.block_kv, dim))
@@ -209,10 +213,10 @@ def _kernel(settings: Settings, *args) -> None:
 
 
 def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, function) -> None:
-    """chunk = function(segment, first, next, chunk) for each, after function(None, 0, next, 0).
+    """state = function(segment, first, following, state) for each in turn, at the very first function(None, 0, ..., 0).
 
-    `first`: the number of the segment's first tile among all of the stream's; `next`: whether there is another segment,
-    its row, KV head and first key.
+    `first`: the number of the segment's first tile among all of the stream's; `following`: whether there is another
+    segment, its row, KV head and first key. A row and its length are read two segments ahead.
     """
     number = jax.lax.axis_index("program") * settings.consumers + worker
     stream = Stream(*(refs.streams[number, i] for i in range(len(Stream._fields))))
@@ -223,7 +227,7 @@ def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, functio
         return jnp.where(rank + 1 == stream.live, 0, rank + 1)
 
     def body(i, carry):
-        first, kv_head, rank, row, length, next_row, next_length, chunk = carry
+        first, kv_head, rank, row, length, next_row, next_length, state = carry
         next_rank = after(rank)
         later_row = refs.order[after(next_rank)]
         later_length = refs.lengths[later_row]
@@ -236,8 +240,8 @@ def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, functio
         segment = Segment(row, kv_head, length, base + begin * unit, key_end, steps, slot)
         next_start = units(next_length, settings.queries, page_size, settings.window, unit)[0]
         kv_head += (next_rank == 0).astype(jnp.int32)
-        chunk = function(segment, first, (i + 1 < stream.segments, next_row, kv_head, next_start), chunk)
-        return first + steps, kv_head, next_rank, next_row, next_length, later_row, later_length, chunk
+        state = function(segment, first, (i + 1 < stream.segments, next_row, kv_head, next_start), state)
+        return first + steps, kv_head, next_rank, next_row, next_length, later_row, later_length, state
 
     live = jnp.maximum(stream.live, 1)
     kv_head, rank = jax.lax.div(stream.item, live), jax.lax.rem(stream.item, live)
@@ -249,11 +253,10 @@ def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, functio
 
 def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
     if settings.consumers > 1:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
     _, stages, block_kv, _ = refs.k_smem.shape
     absent, page_size, _ = refs.k.shape  # a copy from beyond the pool gives zeros
     rows = min(page_size, block_kv)  # of a copy
-
     reach = IDS // 2 * page_size // block_kv  # tiles whose pages a chunk of the table has, wherever they begin
 
     def first_id(key):
@@ -316,7 +319,7 @@ def _produce(refs: Refs, settings: Settings, worker: jax.Array) -> None:
 
 def _consume(refs: Refs, settings: Settings, worker: jax.Array) -> None:
     if settings.consumers > 1:
-        plgpu.set_max_registers(216, action="increase")
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
     of_item = settings.queries * settings.group
     dim, q_rows = refs.q.shape[1], _q_rows(of_item)
 
@@ -371,10 +374,13 @@ def _consume(refs: Refs, settings: Settings, worker: jax.Array) -> None:
         return count + 1
 
     _for_each_segment(refs, settings, worker, attend)
-    number = jax.lax.axis_index("program") * settings.consumers + worker
-    live = refs.streams[number, Stream._fields.index("live")]
+    _store_zeros(refs, settings, worker)
 
-    # Rows without keys.
+
+def _store_zeros(refs: Refs, settings: Settings, worker: jax.Array) -> None:
+    """The stream's share of the output of rows without keys."""
+    number = jax.lax.axis_index("program") * settings.consumers + worker
+    live, of_item = refs.streams[number, Stream._fields.index("live")], settings.queries * settings.group
     empty = (refs.order.shape[0] - live) * settings.kv_heads
     mine = tile.div(jnp.maximum(empty - number + settings.streams - 1, 0), settings.streams)
 
@@ -390,7 +396,7 @@ def _consume(refs: Refs, settings: Settings, worker: jax.Array) -> None:
             item = number + i * settings.streams
             row = refs.order[live + tile.div(item, settings.kv_heads)]
             start = (row * settings.kv_heads + tile.rem(item, settings.kv_heads)) * of_item
-            for column in range(0, dim, staged.shape[1]):
+            for column in range(0, refs.out.shape[1], staged.shape[1]):
                 target = refs.out.at[pl.ds(start, of_item), pl.ds(column, staged.shape[1])]
                 plgpu.copy_smem_to_gmem(staged.at[pl.ds(0, of_item)], target)
 

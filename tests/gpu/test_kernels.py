@@ -13,7 +13,6 @@ import pytest
 
 import pallas_kernels as kernels
 from jaxengine.layers.activation import ACTIVATIONS, ERF
-from pallas_kernels import paged_decode_mosaic as decode_mosaic
 from pallas_kernels import paged_extend_mosaic as mosaic
 from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
@@ -31,7 +30,6 @@ from tests.pallas_kernels.cases import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")]
 
-KIND = jax.devices()[0].device_kind
 # TF32 products would give about 3e-4; bfloat16 ones give 2e-3 to 6e-3.
 LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 OPTIONS = {
@@ -74,18 +72,7 @@ ROPE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim", "group")} 
 ROPE = [Case(**choice) for choice in pairwise(ROPE_OPTIONS)]
 HOPPER = on_mosaic_card()
 BY_MOSAIC = [case for case in EXTEND if case.dtype != "float32" and case.head_dim in (64, 128, 256)]
-# More work than streams and less, rows that are cut and are not, several segments a stream and chunks of the table.
-DECODE_BY_MOSAIC = [
-    Case(**choice, dtype="bfloat16")
-    for choice in pairwise({
-        "head_dim": [64, 128, 256], "group": [1, 3, 4, 7, 16], "page_size": [8, 16, 64, 128],
-        "window": [None, 1, 100, 2000], "softcap": [None, 3.0], "kv_heads": [1, 2, 5, 8], "queries": [1, 2, 3],
-        "lengths": [(0, 1, 15, 16, 17, 5000, 0, 64), (3000,) * 8, (200, 33, 64, 0, 1, 1, 128, 65) * 20, (0,) * 8],
-    }, seed=2)
-]  # fmt: skip
-DECODE_BY_MOSAIC += [Case(head_dim=128, group=4, kv_heads=8, dtype="float16", lengths=(30, 0, *[700] * 60, 9000, 700))]
 OPS = {"paged_decode": DECODE, "paged_extend": EXTEND, "paged_extend by Mosaic": BY_MOSAIC if HOPPER else []}
-OPS |= {"paged_decode by Mosaic": DECODE_BY_MOSAIC if HOPPER else []}
 OPS |= {"kv_write": WRITE, "rope_write": ROPE, "add_rms_norm": WRITE}
 ACTIVATED = [(name, dtype) for name in ACTIVATIONS if ACTIVATIONS[name] is not ERF for dtype in ("bfloat16", "float32")]
 CASES = [(op, case) for op, cases in OPS.items() for case in cases]
@@ -105,8 +92,6 @@ def compare(op: str, case: Case, seed: int, **tuning) -> tuple:
         args, options = tuple(array.astype(jnp.dtype(case.dtype)) for array in (x, y, scale)), {"eps": 1e-5}
     elif op == "paged_decode":
         args, options = decode_inputs(case, seed), case.options
-        config = decode_mosaic.TuningConfig if by_mosaic else DecodeTuning
-        tuning = {"tuning": config.from_shapes(*args[:2])} | tuning
     else:
         args, options = extend_inputs(case, seed), case.options | {"block_q": case.block_q}
         config = mosaic.TuningConfig.from_shapes(*args[:2]) if by_mosaic else None
@@ -173,16 +158,6 @@ def test_decode_tuning_keeps_the_result(block_kv, parts):
         "paged_decode", case, 0, tuning=DecodeTuning(block_kv, parts, num_warps=4, min_part=block_kv)
     )
     assert relative_error(out, expected) < LIMIT["bfloat16"]
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs Hopper")
-@pytest.mark.parametrize("tuning", [(64, 1, 2), (64, 3, 1), (128, 1, 2)], ids=str)
-def test_decode_mosaic_tuning_keeps_the_result(tuning):
-    case = Case(head_dim=128, group=4, kv_heads=8, dtype="bfloat16", window=500, lengths=(0, 1, 3000, 30) * 40)
-    results = [compare("paged_decode", case, 0, tuning=decode_mosaic.TuningConfig(*tuning)) for _ in range(3)]
-    assert relative_error(*results[0]) < LIMIT["bfloat16"]
-    for out, _ in results:  # partial results are put together in the same order each time
-        np.testing.assert_array_equal(out, results[0][0])
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs Hopper")

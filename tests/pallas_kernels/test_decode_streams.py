@@ -16,7 +16,7 @@ deal_jitted = jax.jit(deal, static_argnums=(2, 3, 4))
 
 
 def segments(units, kv_heads: int, cut: bool):
-    """(stream, row, head, first tile, tile behind the last) as the kernel goes through them, and the work list."""
+    """(stream, row, head, first unit, unit behind the last) as the kernel goes through them, and the work list."""
     units = jnp.asarray(units, jnp.int32)
     work = deal_jitted(units * 16, units, kv_heads, STREAMS, cut)
     order, found = np.asarray(work.order), []
@@ -37,10 +37,10 @@ def segments(units, kv_heads: int, cut: bool):
     st.sampled_from([1, 3]),
     st.booleans(),
 )
-def test_each_tile_once_and_all_streams_alike(units, kv_heads, cut):
+def test_each_unit_once_and_all_streams_alike(units, kv_heads, cut):
     found, work = segments(units, kv_heads, cut)
-    tiles = [(row, head, tile) for _, row, head, begin, end in found for tile in range(begin, end)]
-    assert sorted(tiles) == [(r, h, t) for r, n in enumerate(units) for h in range(kv_heads) for t in range(n)]
+    dealt = [(row, head, unit) for _, row, head, begin, end in found for unit in range(begin, end)]
+    assert sorted(dealt) == [(r, h, t) for r, n in enumerate(units) for h in range(kv_heads) for t in range(n)]
     share = defaultdict(int)
     for number, *_, begin, end in found:
         assert begin < end
@@ -50,7 +50,7 @@ def test_each_tile_once_and_all_streams_alike(units, kv_heads, cut):
     empty = np.asarray(work.order)[int(work.streams[0, Stream._fields.index("live")]) :]
     assert sorted(empty) == [row for row, count in enumerate(units) if count == 0]
 
-    # The item's parts are of consecutive streams; its first part is the only one that begins with its first tile.
+    # The item's parts are of consecutive streams; its first part is the only one that begins with its first unit.
     parts = defaultdict(list)
     for number, row, head, begin, _ in found:
         parts[row, head].append((number, begin == 0))
