@@ -2,9 +2,10 @@
 
     python -m benchmarks.step_model
 
-Rates of one H200, and of small and large all-reduces on two, are this repository's own (README.md). On 4 and 8 they are
-assumed to be as on two; between hosts the rate is ConnectX-7's data sheet's (50 GB/s each way a GPU) less a tenth, the
-time of a small all-reduce an assumption. What it gives for measured cases stands beside them in README.md.
+Rates of one H200, and on two of small and large all-reduces and of sums over peers' memory, are this repository's own
+(README.md). On 4 and 8 they are assumed to be as on two; between hosts the rate is ConnectX-7's data sheet's (50 GB/s
+each way a GPU) less a tenth, the time of a small all-reduce an assumption. What it gives for measured cases stands
+beside them in README.md.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 READ, PRODUCTS = 3.9e12, 690e12  # bytes/s that decode steps reach; operations/s that last at 700 W
 NVLINK, NETWORK = 220e9, 45e9  # bytes/s each way of a GPU
 LATENCY, NETWORK_LATENCY = 21e-6, 30e-6  # s, of a small all-reduce within a host, and between hosts
+PEERS, PEERS_BYTES = 10e-6, 2**22  # s, of a sum over peers within a step; most that a GPU sends (layers/peers.py)
 LAUNCHES = 9 * 1.5e-6  # s a layer: kernels that do not overlap
 STEPS_PER_CALL, PART = 4, 256  # of a pipeline: steps until it runs empty, tokens of a prompt at a time (assembly.py)
 
@@ -95,6 +97,14 @@ def all_reduce(size: float, gpus: int) -> float:
     return seconds
 
 
+def decode_sum(size: float, place: Placement) -> float:
+    """Seconds of one of a decode step's sums: to all others at once where that is quicker."""
+    sent = (place.tensor - 1) * size
+    if place.tensor <= 8 and place.stages == 1 and sent <= PEERS_BYTES:
+        return max(PEERS, sent / NVLINK)
+    return all_reduce(size, place.tensor)
+
+
 def step_seconds(model: Model, place: Placement, rows: int, context: int) -> tuple[float, float, float]:
     """Of one token of each of `rows` sequences: all, in collectives, and bytes that a GPU sends within a layer.
 
@@ -109,7 +119,7 @@ def step_seconds(model: Model, place: Placement, rows: int, context: int) -> tup
     products = max(read / READ, group * model.operations / PRODUCTS) / place.tensor
     attention = group * context * model.kv_bytes * kv_share / READ
     sent = group * model.hidden * 2
-    links = 2 * model.layers * all_reduce(sent, place.tensor) if place.tensor > 1 else 0.0
+    links = 2 * model.layers * decode_sum(sent, place) if place.tensor > 1 else 0.0
     between = place.stages * hand_on(sent) if place.stages > 1 else 0.0
     whole = products + attention + model.layers * LAUNCHES + links + between
     filling = 1 + (place.stages - 1) / (place.stages * STEPS_PER_CALL)
