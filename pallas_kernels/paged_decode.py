@@ -7,7 +7,7 @@ short ones does not run alone at the end. A second, short kernel puts the parts 
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def paged_decode(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    tuning: TuningConfig | None = None,
+    tuning: Any = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention of the last Q tokens of each row to the row's first `lengths[r]` keys.
@@ -73,6 +73,7 @@ def paged_decode(
     D], H a multiple of KH. page_table [R, W] int32; lengths [R] int32, at most W * page_size. A query sees the last
     `window` keys, its own included. Entries of the table outside a row's window and length are not used.
     Returns [R, Q, H, D] in q's dtype; zeros for a row of length 0. ValueError for shapes that do not fit.
+    tuning: a TuningConfig of this file, the default, or of `paged_decode_mosaic`, which also names the kernel.
     """
     tile.check(q, k_pages, v_pages, window, softcap)
     rows, queries = q.shape[:2]
@@ -81,6 +82,13 @@ def paged_decode(
     if page_table.shape[0] != rows or lengths.shape != (rows,):
         raise ValueError(f"{rows=} of q, but {page_table.shape=} {lengths.shape=}")
     tuning = tuning or TuningConfig.from_shapes(q, k_pages)
+    if not isinstance(tuning, TuningConfig):
+        from pallas_kernels import paged_decode_mosaic as mosaic  # costs half a second
+
+        return mosaic.paged_decode_mosaic(
+            q, k_pages, v_pages, page_table, lengths, scale=scale, window=window, softcap=softcap, tuning=tuning,
+            interpret=interpret,
+        )  # fmt: skip
     kv_heads, page_size = k_pages.shape[1:3]
     keys = page_table.shape[1] * page_size
     if window is not None:

@@ -18,8 +18,6 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import paged_tile as tile
 from pallas_kernels.paged_decode import paged_decode_reference
 
-MOSAIC_CARDS = ("H100", "H200")  # words in the names of cards that get the Mosaic kernel
-
 
 @dataclass(frozen=True)
 class TuningConfig:
@@ -119,8 +117,7 @@ def paged_extend(
 
 def _choose(q, k_pages, v_pages, block_q: int, scale: float, interpret: bool) -> Any:
     """The tuning, and so the kernel, for these arrays and this card; interpret mode is quicker with Triton's."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    if not interpret and any(name in device.device_kind for name in MOSAIC_CARDS):
+    if not interpret and tile.on_mosaic_card():
         from pallas_kernels import paged_extend_mosaic as mosaic
 
         if mosaic.supports(q, k_pages, v_pages, scale):

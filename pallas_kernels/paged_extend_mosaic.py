@@ -15,15 +15,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic_tile
 from pallas_kernels import paged_tile as tile
+from pallas_kernels.mosaic_tile import COPY_LAYOUT, ROWS, SWIZZLE
 
-ROWS = 64  # query tokens of a unit: the rows of a wgmma
 CONSUMERS = 2
 # A multiprocessor has 512 registers for a thread of each warpgroup together; copying needs few.
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
-SWIZZLE = 128  # bytes
-# Of an array (shape, dtype) on its way between global and swizzled shared memory: 16 bytes a thread, no bank conflicts.
-COPY_LAYOUT = partial(plgpu.Layout.SMEM_GMEM_COPY, swizzle=SWIZZLE)
 
 
 @dataclass(frozen=True)
@@ -100,13 +98,11 @@ def paged_extend_mosaic(
     if not supports(q, k_pages, v_pages, scale):
         raise ValueError(f"this kernel does not take {q.shape=} {q.dtype=} {k_pages.shape=} {k_pages.dtype=} {scale=}")
     (pages, kv_heads, page_size, dim), dtype = k_pages.shape, q.dtype
-    columns = SWIZZLE // dtype.itemsize
     units = pl.cdiv(block_q, ROWS) * (q.shape[1] // kv_heads)
     items = len(block_row) * kv_heads * pl.cdiv(units, CONSUMERS)
-    programs = min(items, _multiprocessors())
+    programs = min(items, mosaic_tile.multiprocessors())
     settings = Settings(block_q, kv_heads, units, items, programs, scale, window, softcap, interpret)
-    transforms: Any = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE))  # type: ignore[abstract]
-    swizzled = partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
+    swizzled = partial(mosaic_tile.swizzled, dtype=dtype)
     kv = swizzled((tuning.stages, tuning.block_kv, dim))
     copies = tuning.block_kv // min(page_size, tuning.block_kv)  # of a tile
     loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=tuning.stages)
@@ -118,7 +114,7 @@ def paged_extend_mosaic(
             swizzled((tuning.q_buffers, CONSUMERS, ROWS, dim)),
             kv,
             kv,
-            plgpu.SMEM((CONSUMERS, ROWS, columns), dtype),
+            plgpu.SMEM((CONSUMERS, ROWS, SWIZZLE // dtype.itemsize), dtype),
             plgpu.Barrier(num_barriers=tuning.q_buffers),
             loaded,
             loaded,
@@ -138,11 +134,6 @@ def paged_extend_mosaic(
       k_pages.reshape(pages * kv_heads, page_size, dim), v_pages.reshape(pages * kv_heads, page_size, dim),
       out_ref)  # fmt: skip
     return out_ref[...]
-
-
-def _multiprocessors() -> int:
-    """Of this machine's card; of an H100 where the program is lowered for a card that is not here."""
-    return getattr(jax.devices()[0], "core_count", 0) or 132
 
 
 class Refs(NamedTuple):
@@ -369,7 +360,7 @@ def _attend(
         plgpu.barrier_arrive(refs.turn)
         plgpu.barrier_wait(refs.v_loaded.at[slot])
         if masked:
-            _clear_beyond(refs.v_smem.at[slot], key_end - key_start - step * block_kv, clear)
+            mosaic_tile.clear_beyond(refs.v_smem.at[slot], key_end - key_start - step * block_kv, clear)
         plgpu.barrier_wait(refs.turn)
 
         def wait_for_next_keys():
@@ -405,22 +396,6 @@ def _attend(
     carry = jax.lax.fori_loop(whole_start, whole_end, partial(body, masked=False), carry)
     out, _, total = jax.lax.fori_loop(whole_end, steps, partial(body, masked=True), carry)
     return out, total
-
-
-def _clear_beyond(values, count: jax.Array, when: jax.Array) -> None:
-    """Zeros in the rows of values [block_kv, D] from `count` on, if `when` holds and there are any."""
-    block_kv, dim = values.shape
-    columns = SWIZZLE // values.dtype.itemsize
-    layout = COPY_LAYOUT((ROWS, columns), values.dtype)
-
-    @pl.when(when & (count < block_kv))
-    def _():
-        for row in range(0, block_kv, ROWS):
-            inside = plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), 0, layout=layout) + row < count
-            for column in range(0, dim, columns):
-                part = values.at[pl.ds(row, ROWS), pl.ds(column, columns)]
-                part[...] = jnp.where(inside, plgpu.load(part, layout=layout), jnp.zeros((), values.dtype))
-        plgpu.commit_smem()
 
 
 def _store_whole(refs: Refs, unit: Unit, staged, result: jax.Array) -> None:

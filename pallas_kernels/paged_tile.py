@@ -11,6 +11,7 @@ HIDDEN = -1e30  # score of a key that a query does not see; -inf would give NaN 
 LOG2E = math.log2(math.e)
 MIN_ROWS = 16  # the least rows of a matrix product on the tensor cores
 TILE_BYTES = 2**14  # of K or V: more is slower (decode) or does not fit beside its double buffer
+MOSAIC_CARDS = ("H100", "H200")  # words in the names of cards that get the kernels in Mosaic GPU
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]  # output [M, D], top score [M], total weight [M]; all float32
@@ -31,6 +32,12 @@ def check(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, window: int | No
         raise ValueError(f"{window=} must be at least 1, or None for no window")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{softcap=} must be positive, or None for no softcap")
+
+
+def on_mosaic_card() -> bool:
+    """Whether the program is for a card that gets the kernels in Mosaic GPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return any(name in device.device_kind for name in MOSAIC_CARDS)
 
 
 def check_tuning(powers_of_two: dict[str, int], positive: dict[str, int]) -> None:

@@ -15,9 +15,10 @@ import numpy as np
 import pallas_kernels as kernels
 from jaxengine.benchmark.device import matmul_rate, normal, read_rate, seconds
 from jaxengine.errors import UnsupportedError
+from pallas_kernels import paged_decode_mosaic as decode_mosaic
 from pallas_kernels import paged_extend_mosaic as mosaic
-from pallas_kernels.paged_extend import MOSAIC_CARDS
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
+from pallas_kernels.paged_tile import on_mosaic_card
 
 Result = dict[str, Any]
 
@@ -76,18 +77,23 @@ EXPERTS: dict[str, tuple[int, Experts]] = {
 }
 
 
-def run(on_case: Callable[[int, int], None] = lambda done, total: None) -> Result:
+def run(on_case: Callable[[int, int], None] = lambda done, total: None, decode_by_mosaic: bool = False) -> Result:
     """Every case: seconds and rates of this card, and for each op its time, share of the limit, error and ratios.
 
     `on_case(done, total)` reports progress. Raises UnsupportedError without a GPU: the kernels are made for one.
+    decode_by_mosaic: also decode's kernel for Hopper, which nothing uses yet; last, as it may fail.
     """
     if jax.default_backend() != "gpu":
         raise UnsupportedError(f"the kernels run on an NVIDIA GPU, jax found a {jax.default_backend()}")
+    if decode_by_mosaic and not on_mosaic_card():
+        raise UnsupportedError(f"decode by Mosaic is for Hopper, jax found a {jax.devices()[0].device_kind}")
     read, matmul = read_rate(), matmul_rate()
     cases: list[Callable[[], list[Result]]] = [partial(time_decode, name, *case) for name, case in DECODE.items()]
     cases += [partial(time_extend, tokens) for tokens in EXTEND]
     cases += [partial(time_write, tokens) for tokens in WRITE]
     cases += [partial(time_experts, name, *case) for name, case in EXPERTS.items()]
+    if decode_by_mosaic:
+        cases += [partial(time_decode, name, *case, by_mosaic=True) for name, case in DECODE.items()]
     results = []
     for done, case in enumerate(cases, 1):
         results += case()
@@ -103,7 +109,7 @@ def summarize(device_kind: str, read: float, matmul: float, results: list[Result
         void = any(abs(rate / limit - 1) > TOLERANCE for rate, limit in zip((read, matmul), known))
     shared = [r | {"share": r["bytes_per_s"] / read if "bytes" in r else r["flops_per_s"] / matmul} for r in results]
     time = {result["op"]: result["us"] for result in results}
-    pairs = [(SKEWED, BALANCED)]
+    pairs = [(f"{SKEWED}{kernel}", f"{BALANCED}{kernel}") for kernel in ("", " by Mosaic")]
     pairs += [
         (f"{name} {tokens}", f"cudnn {tokens}")
         for name in ("extend by Triton", "extend by Mosaic")
@@ -124,12 +130,12 @@ def table(result: Result) -> str:
     elif result["void"]:
         lines.append(f"This run is VOID: expected {known[0] / 1e12:.2f} TB/s and {known[1] / 1e12:.0f} TFLOP/s "
                      f"within {TOLERANCE:.0%}.")  # fmt: skip
-    lines.append(f"{'op':<27}{'us':>10}{'spread':>8}{'rate':>16}{'share':>7}{'error':>9}")
+    lines.append(f"{'op':<36}{'us':>10}{'spread':>8}{'rate':>16}{'share':>7}{'error':>9}")
     for r in result["results"]:
         rate, unit = (r["bytes_per_s"], "TB/s") if "bytes" in r else (r["flops_per_s"], "TFLOP/s")
-        lines.append(f"{r['op']:<27}{r['us']:10.1f}{r['spread']:8.1%}{rate / 1e12:9.2f} {unit:<6}"
+        lines.append(f"{r['op']:<36}{r['us']:10.1f}{r['spread']:8.1%}{rate / 1e12:9.2f} {unit:<6}"
                      f"{r['share']:7.2f}{r['error']:9.1e}")  # fmt: skip
-    lines += [f"{name:<60}{ratio:6.2f}" for name, ratio in result["ratios"].items()]
+    lines += [f"{name:<72}{ratio:6.2f}" for name, ratio in result["ratios"].items()]
     return "\n".join(lines)
 
 
@@ -151,13 +157,16 @@ def paged_inputs(lengths: Sequence[int], heads: Heads) -> tuple[jax.Array, jax.A
     return k_pages, v_pages, tables
 
 
-def time_decode(name: str, row_lengths: Sequence[int], heads: Heads) -> list[Result]:
+def time_decode(name: str, row_lengths: Sequence[int], heads: Heads, by_mosaic: bool = False) -> list[Result]:
     """One new token a row; row r has row_lengths[r] keys."""
     k_pages, v_pages, tables = paged_inputs(row_lengths, heads)
     lengths = jnp.asarray(row_lengths, jnp.int32)
     scale = heads.dim**-0.5
-    decode = partial(kernels.paged_decode, scale=scale)
     q = normal(3, len(row_lengths), 1, heads.query, heads.dim)
+    decode = partial(kernels.paged_decode, scale=scale)
+    if by_mosaic:
+        name = f"{name} by Mosaic"
+        decode = partial(decode, tuning=decode_mosaic.TuningConfig.from_shapes(q, k_pages))
     # A few rows at a time: the reference gathers all keys of the longest row for each.
     parts = [slice(i, i + 8) for i in range(0, len(row_lengths), 8)]
     reference = partial(kernels.paged_decode_reference, scale=scale)
@@ -207,7 +216,7 @@ def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
         "extend by Triton": partial(extend, tuning=ExtendTuning.from_shapes(q, k_pages, BLOCK_Q)),
         "cudnn": lambda tables: cudnn(q[None], dense[: len(tables)])[0],
     }
-    if any(card in jax.devices()[0].device_kind for card in MOSAIC_CARDS):
+    if on_mosaic_card():
         calls["extend by Mosaic"] = partial(extend, tuning=mosaic.TuningConfig.from_shapes(q, k_pages))
     expected = calls["cudnn"](tables=tables[:1])
     flops = 2 * 2 * heads.query * heads.dim * tokens * (tokens + 1) / 2

@@ -15,8 +15,8 @@ import pallas_kernels as kernels
 from jaxengine.layers.activation import ACTIVATIONS, ERF
 from pallas_kernels import paged_extend_mosaic as mosaic
 from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
-from pallas_kernels.paged_extend import MOSAIC_CARDS
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
+from pallas_kernels.paged_tile import on_mosaic_card
 from tests.pallas_kernels.cases import (
     Case,
     decode_inputs,
@@ -30,7 +30,6 @@ from tests.pallas_kernels.cases import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")]
 
-KIND = jax.devices()[0].device_kind
 # TF32 products would give about 3e-4; bfloat16 ones give 2e-3 to 6e-3.
 LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 OPTIONS = {
@@ -71,7 +70,7 @@ WRITE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim")} | {
 WRITE = [Case(**choice) for choice in pairwise(WRITE_OPTIONS)]
 ROPE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim", "group")} | WRITE_OPTIONS
 ROPE = [Case(**choice) for choice in pairwise(ROPE_OPTIONS)]
-HOPPER = any(card in KIND for card in MOSAIC_CARDS)
+HOPPER = on_mosaic_card()
 BY_MOSAIC = [case for case in EXTEND if case.dtype != "float32" and case.head_dim in (64, 128, 256)]
 OPS = {"paged_decode": DECODE, "paged_extend": EXTEND, "paged_extend by Mosaic": BY_MOSAIC if HOPPER else []}
 OPS |= {"kv_write": WRITE, "rope_write": ROPE, "add_rms_norm": WRITE}

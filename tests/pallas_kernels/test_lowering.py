@@ -10,6 +10,7 @@ import pytest
 import pallas_kernels as kernels
 from jaxengine.layers.activation import ACTIVATIONS, ERF
 from jaxengine.layers.ops import ops
+from pallas_kernels import paged_decode_mosaic as decode_mosaic
 from pallas_kernels import paged_extend_mosaic as mosaic
 from tests.pallas_kernels.cases import pairwise
 from tests.pallas_kernels.lowering import lower_for_cuda
@@ -67,6 +68,23 @@ def test_attention_lowers(case):
 
 @pytest.mark.parametrize(
     "case",
+    pairwise({"dtype": ["bfloat16", "float16"], "head_dim": [64, 128, 256], "group": [1, 3, 4, 7, 16],
+              "page_size": [8, 16, 128], "window": [None, 100], "softcap": [None, 5.0], "queries": [1, 3],
+              "rows": [8, 256]}),
+    ids=name,
+)  # fmt: skip
+def test_decode_by_mosaic_lowers(case):
+    rows, pool = case["rows"], jax.ShapeDtypeStruct((1024, 2, case["page_size"], case["head_dim"]), case["dtype"])
+    q = jax.ShapeDtypeStruct((rows, case["queries"], 2 * case["group"], case["head_dim"]), case["dtype"])
+    options = {"scale": 0.1, "window": case["window"], "softcap": case["softcap"]}
+    options |= {"tuning": decode_mosaic.TuningConfig.from_shapes(q, pool)}
+    text = lower_for_cuda(partial(kernels.paged_decode, **options), q, pool, pool, ints(rows, 64), ints(rows))
+    assert text.count(MOSAIC_CALL) == 1
+    assert text.count(CUSTOM_CALL) == (case["window"] is None)  # the second kernel: 100 keys are not cut into parts
+
+
+@pytest.mark.parametrize(
+    "case",
     pairwise({"dtype": ["bfloat16", "float16"], "head_dim": [64, 128, 256], "group": [1, 3, 4],
               "page_size": [8, 16, 128], "window": [None, 100], "softcap": [None, 5.0], "block_q": [16, 64, 128]}),
     ids=name,
@@ -100,6 +118,26 @@ def test_what_mosaic_does_not_take_is_left_to_triton(tokens, dim, dtype, page_si
     if "H200" in card:
         with pytest.raises(ValueError, match="does not take"):
             lower_for_cuda(partial(extend, tuning=mosaic.TuningConfig(64, 2)), *extend_structs(q, pool, 3))
+
+
+@pytest.mark.parametrize(
+    "rows, heads, dim, dtype, page_size, scale",
+    [
+        (8, 4, 128, "float32", 16, 0.1),
+        (8, 4, 96, "bfloat16", 16, 0.1),
+        (8, 4, 128, "bfloat16", 24, 0.1),
+        (1, 4, 128, "bfloat16", 16, 0.1),
+        (8, 140, 128, "bfloat16", 16, 0.1),
+        (8, 4, 128, "bfloat16", 16, -0.1),
+    ],
+)
+def test_what_mosaic_does_not_take_of_decode(rows, heads, dim, dtype, page_size, scale):
+    pool = jax.ShapeDtypeStruct((1024, 2, page_size, dim), dtype)
+    q = jax.ShapeDtypeStruct((rows, 1, heads, dim), dtype)
+    args, decode = (q, pool, pool, ints(rows, 64), ints(rows)), partial(kernels.paged_decode, scale=scale)
+    assert MOSAIC_CALL not in lower_for_cuda(decode, *args)
+    with pytest.raises(ValueError, match="does not take"):
+        lower_for_cuda(partial(decode, tuning=decode_mosaic.TuningConfig(64, 2, 1)), *args)
 
 
 @pytest.mark.parametrize(
