@@ -21,6 +21,7 @@ COMMAND = """--model tiny --devices 1,2,3 --workloads tiny:4 --rows 2 --tokens 5
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 
 
+@pytest.mark.full
 def test_rows_of_two_devices_stand_beside_one_and_a_grid_that_fails_does_not_stop_the_others(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
     command = [sys.executable, "-m", "benchmarks.multi_gpu", *COMMAND, str(tmp_path / "float32.npy")]
