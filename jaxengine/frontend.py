@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxengine.engine.sequence import Request
 from jaxengine.engine.sequence import Sequence as EngineSequence
-from jaxengine.errors import RequestError
+from jaxengine.errors import EngineError, RequestError
 from jaxengine.request import CompletionOutput, Logprobs, RequestMetrics, RequestOutput, SamplingParams
 from jaxengine.tokenizer import Tokenizer
 
@@ -182,6 +182,12 @@ class Reporter:
             request.request_id, request.prompt, request.prompt_token_ids, prompt_logprobs, shown, request.finished,
             metrics, first.num_cached, hidden_state, request.error,
         )  # fmt: skip
+
+    def failed(self, error: EngineError) -> RequestOutput:
+        """The last output where `output` fails."""
+        request, shown = self._request, [CompletionOutput(0, "", [], finish_reason="error")]
+        metrics, ids = RequestMetrics(request.arrival_time), request.prompt_token_ids
+        return RequestOutput(request.request_id, request.prompt, ids, None, shown, True, metrics, error=error)
 
     def _completion(self, i: int, sequence: EngineSequence, delta: bool) -> CompletionOutput:
         tokens, characters = self._told[i] if delta else (0, 0)

@@ -374,9 +374,22 @@ class LLM(TextMethods):
 
     def start(self, request: Any, tell: Callable[[RequestOutput], None], every_step: bool) -> None:
         """Hands a request to the engine; `tell` gets its outputs, in the engine's thread. For front ends of ours."""
-        reporter = self.frontend.reporter(request)
+        reporter, failures = self.frontend.reporter(request), list[EngineError]()
         request.watched = every_step and request.params.output_kind != "final_only"
-        self._loop.add(request, lambda _: tell(reporter.output()))
+
+        def report(_: Any) -> None:
+            if failures:  # the end of what was ended below
+                return
+            try:
+                output = reporter.output()
+            except Exception as error:  # a bug of ours: it ends this request and no other
+                logger.exception("request %s has an output that cannot be made", request.request_id)
+                failures.append(EngineError(f"no output can be made: {type(error).__name__}: {error}"))
+                self._loop.abort([request.request_id])
+                output = reporter.failed(failures[0])
+            tell(output)
+
+        self._loop.add(request, report)
 
     def _collect(
         self, requests: Iterator[Any], total: int | None, use_tqdm: bool | Callable[..., Any]

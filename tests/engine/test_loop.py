@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from jaxengine import LLM, EngineClosedError, EngineError, SamplingParams
+from jaxengine import llm as llm_module
 from jaxengine.engine import loop as loop_module
+from jaxengine.frontend import Reporter
 from tests.tiny_llm import OPTIONS, VOCAB, check_integrity, fresh_llm, model_folder, shared_llm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -233,6 +235,25 @@ def test_a_bug_in_a_step_ends_the_engine_for_all(monkeypatch):
         tokens(llm)
     llm.close()
     assert not llm._loop._thread.is_alive()
+
+
+def test_an_output_that_cannot_be_made_fails_its_request_alone(want, monkeypatch):
+    monkeypatch.setattr(llm_module.logger, "exception", lambda *_: None)
+    llm, output = shared_llm(), Reporter.output
+
+    def broken(reporter):
+        if reporter._request.prompt_token_ids == PROMPTS[3]:
+            raise ZeroDivisionError("a bug")
+        return output(reporter)
+
+    monkeypatch.setattr(Reporter, "output", broken)
+    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert isinstance(outputs[3].error, EngineError) and "ZeroDivisionError: a bug" in str(outputs[3].error)
+    assert outputs[3].finished and outputs[3].prompt_token_ids == PROMPTS[3]
+    assert [list(o.outputs[0].token_ids) for i, o in enumerate(outputs) if i != 3] == [*want[:3], *want[4:]]
+    monkeypatch.undo()
+    idle(llm)
+    assert tokens(llm) == want
 
 
 @pytest.mark.parametrize("when", ["submit", "result"])
