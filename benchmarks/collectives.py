@@ -56,7 +56,8 @@ def chain(collective: str, devices: int, hidden: int, tokens: int, count: int, o
 
 
 def norms(kind: str, devices: int, hidden: int, tokens: int, count: int) -> Callable:
-    """A compiled program of `count` residual sums and norms of bfloat16 [tokens, hidden], one after another."""
+    """A compiled program of `count` residual sums and norms of bfloat16 [tokens, hidden], one after another, and at the
+    end, whatever the kind, one all-reduce."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec
@@ -72,7 +73,7 @@ def norms(kind: str, devices: int, hidden: int, tokens: int, count: int) -> Call
                 x, y = all_reduce_rms_norm(x, y, scale, *own(peers), eps=1e-5)
             else:
                 x, y = add_rms_norm(x, jax.lax.psum(y, LAYER) if kind == "all-reduce" else y, scale, eps=1e-5)
-        return x
+        return jax.lax.psum(x, LAYER)  # no program with peers may be without, see layers/peers.py
 
     mesh = create_mesh(devices)
     peers = create_peers(mesh, tokens, 2 * hidden)

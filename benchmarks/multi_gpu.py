@@ -76,7 +76,7 @@ def check(grid: Grid) -> None:
 
 @contextmanager
 def opened(args: argparse.Namespace, grid: Grid) -> Iterator[Any]:
-    contexts = [work.context + work.steps for work in args.profile]
+    contexts = [max(work.context + work.steps, work.tokens + 1) for work in args.profile]
     length = max(longest(args.model, args.workloads), noise.TOKENS + 1 if args.logprobs else 2, *contexts)
     options = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs, "enable_prefix_caching": False}
     with random_llm(args.model, **parallel(grid), max_model_len=length, **options) as llm:
@@ -160,9 +160,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--no-check", action="store_true", help="do not compare the shipped model's answers")
     parser.add_argument("--logprobs", action="store_true", help="of prompts, beside the first grid's and its noise")
-    parser.add_argument("--float32", type=Path, help="and beside those of one device in float32, kept in this file.npy")
-    parser.add_argument("--profile", type=works, default=[], help="steps as in benchmarks.steps: the collectives' part")
+    parser.add_argument("--float32", type=Path, help="and beside those of one device in float32, kept in this file")
+    parser.add_argument(
+        "--profile", type=works, default=[], help="steps as in benchmarks.steps: the collectives' part on a tensor axis"
+    )
     args = parser.parse_args()
+    if args.float32 and not args.logprobs:
+        parser.error("--float32 needs --logprobs, which it is held against")
     claim_memory()
     import jax
 

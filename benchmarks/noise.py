@@ -30,10 +30,10 @@ def log_probabilities(llm: Any, shape: str, together: bool = True) -> np.ndarray
 def in_float32(shape: str, file: Path) -> np.ndarray:
     """`log_probabilities` on one device in float32, with the values that `random_llm`'s weights have in bfloat16.
 
-    From the file where it is there; otherwise they are computed, and kept in it.
+    From the file where it is there; otherwise they are computed, and kept in it. Raises KeyError for another shape's.
     """
     if file.exists():
-        return np.load(file)
+        return np.load(file)[shape]
     import jax.numpy as jnp
 
     from jaxengine.models import param_specs
@@ -48,7 +48,9 @@ def in_float32(shape: str, file: Path) -> np.ndarray:
     sizes = {"max_model_len": TOKENS + 1, "max_num_seqs": PROMPTS, "max_num_batched_tokens": PROMPTS * TOKENS}
     with random_llm(shape, params=params, dtype="float32", **sizes) as llm:
         found = log_probabilities(llm, shape)
-    np.save(file, found)
+    of_shape: dict[str, Any] = {shape: found}
+    with file.open("wb") as kept:  # NumPy would add a suffix to a name
+        np.savez(kept, **of_shape)
     return found
 
 

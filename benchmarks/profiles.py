@@ -103,7 +103,7 @@ def _place(instructions: Sequence[Instruction], op: str, name: str, start: int) 
     order = [*range(start, len(instructions)), *range(min(start, len(instructions)))]
     single = (i for i in order if instructions[i].op == op)
     named = (i for i in order if name_of(name) in instructions[i].names)
-    return next(single, next(named, order[0]))
+    return next(single, next(named, min(start, len(instructions) - 1)))
 
 
 def median_step(steps: Sequence[Sequence[Kernel]]) -> Sequence[Kernel]:

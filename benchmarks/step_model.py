@@ -5,7 +5,7 @@
 Rates of one H200, and on two of small and large all-reduces and of sums over peers' memory, are this repository's own
 (README.md). On 4 and 8 they are assumed to be as on two; between hosts the rate is ConnectX-7's data sheet's (50 GB/s
 each way a GPU) less a tenth, the time of a small all-reduce an assumption. What it gives for measured cases stands
-beside them in README.md.
+beside them in docs/sharding.md.
 """
 
 from collections.abc import Sequence

@@ -116,10 +116,10 @@ def by_name(steps: Sequence[Sequence[Kernel]]) -> list[tuple[str, float, float]]
 
 
 def in_collectives(kernels: list[tuple[str, float, float]], shape: Shape, work: Work, devices: int) -> dict[str, Any]:
-    """What of a profiled step is spent in collectives over so many devices, waiting for the others included, beside the
-    bytes that each sends for two sums a layer and the embedding's; GB/s of that."""
+    """What of a profiled call is spent in collectives over so many devices, waiting for the others included, beside the
+    bytes that each sends around a ring for two sums a layer and the embedding's; GB/s of that."""
     found = [kernel for kernel in kernels if COLLECTIVE.search(kernel[0])]
-    us, rows = sum(us for *_, us in found), work.rows + work.prompts * work.tokens
+    us, rows = sum(us for *_, us in found), work.rows * work.steps + work.prompts * work.tokens
     sent = (2 * shape.num_layers + 1) * 2 * (devices - 1) / devices * rows * shape.hidden_size * 2
     return {
         "kernels_us": sum(us for *_, us in kernels),

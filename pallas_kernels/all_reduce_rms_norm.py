@@ -58,6 +58,11 @@ def all_reduce_rms_norm(
     """
     if x.ndim != 2 or x.shape != y.shape or x.dtype != y.dtype or scale.shape != x.shape[1:]:
         raise ValueError(f"{x.shape=} {x.dtype=} {y.shape=} {y.dtype=} {scale.shape=} must be [T, E], [T, E], [E]")
+    words = workspace_words(len(addresses) - 1, len(x), x.shape[1] * x.dtype.itemsize)
+    if len(addresses) < 3 or not words <= workspace.size < 2**29:
+        raise ValueError(
+            f"{addresses.shape=} {workspace.shape=}: of two devices at least; {words} words for these rows, under 2**29"
+        )
     tuning = tuning or TuningConfig.from_shapes(x)
     # No two threads may have the same word: the second would wait for what the first has emptied.
     threads, room = 32 * tuning.num_warps, pl.next_power_of_2(x.shape[1]) * x.dtype.itemsize

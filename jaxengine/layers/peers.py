@@ -1,4 +1,8 @@
-"""Memory through which the devices that split a layer hand each other rows: `pallas_kernels.all_reduce_rms_norm`."""
+"""Memory through which the devices that split a layer hand each other rows: `pallas_kernels.all_reduce_rms_norm`.
+
+A program with it also needs a collective of XLA's, as drawing tokens has: only then does XLA make all devices ready for
+it before any starts. What one still does meanwhile (instantiate a graph) may wait for a device that waits for that one.
+"""
 
 import ctypes
 from itertools import permutations

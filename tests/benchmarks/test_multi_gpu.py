@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from benchmarks import multi_gpu
 from benchmarks.common import only_buckets, time_workload
 from benchmarks.noise import PROMPTS, TOKENS, distance, in_float32
 from benchmarks.steps import in_collectives
@@ -24,7 +27,7 @@ FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_lev
 @pytest.mark.full
 def test_rows_of_two_devices_stand_beside_one_and_a_grid_that_fails_does_not_stop_the_others(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
-    command = [sys.executable, "-m", "benchmarks.multi_gpu", *COMMAND, str(tmp_path / "float32.npy")]
+    command = [sys.executable, "-m", "benchmarks.multi_gpu", *COMMAND, str(tmp_path / "float32")]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -39,8 +42,29 @@ def test_rows_of_two_devices_stand_beside_one_and_a_grid_that_fails_does_not_sto
                           (1, "these devices - float32"), (2, "these devices - float32")}  # fmt: skip
     exact = [noise[n, "these devices - float32"]["mean_absolute"] for n in (1, 2)]
     assert 0 < exact[1] < 2 * exact[0] < 0.02
-    kept = in_float32("no shape is needed", tmp_path / "float32.npy")
+    kept = in_float32("tiny", tmp_path / "float32")
     assert kept.shape == (PROMPTS, TOKENS - 1) and kept.dtype == np.float32
+    with pytest.raises(KeyError, match="llama8b"):
+        in_float32("llama8b", tmp_path / "float32")
+
+
+def test_what_float32_is_held_against_must_be_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["multi_gpu", "--float32", "file"])
+    with pytest.raises(SystemExit):
+        multi_gpu.main()
+    assert "--float32 needs --logprobs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("profile, longest", [("3x40+2x90", 91), ("3x40*4", 44), ("1x10", 35)])
+def test_profiled_steps_fit(profile, longest, monkeypatch):
+    monkeypatch.setattr(multi_gpu, "random_llm", lambda shape, **options: nullcontext(options))
+    monkeypatch.setattr(multi_gpu, "only_buckets", lambda *sizes: None)
+    args = SimpleNamespace(
+        model="tiny", workloads=["tiny"], logprobs=False, dtype="float32", max_num_seqs=8, rows=[], tokens=[],
+        profile=multi_gpu.works(profile),
+    )  # fmt: skip
+    with multi_gpu.opened(args, (1, 1, 1)) as options:
+        assert options["max_model_len"] == longest
 
 
 def test_only_the_named_sizes_are_compiled():
@@ -81,6 +105,7 @@ def test_collectives_of_a_profile():
     assert (found["kernels_us"], found["collectives_us"], found["collectives"]) == (105, 30, 5)
     assert found["sent_bytes"] == 5 * 8 * 128 * 2  # two layers; of two devices each sends half of the sum twice
     assert found["GB/s"] == pytest.approx(found["sent_bytes"] / 30e-6 / 1e9)
+    assert in_collectives(kernels, SHAPES["tiny"], Work(8, 100, steps=4), 2)["sent_bytes"] == 4 * found["sent_bytes"]
 
 
 def test_distance():

@@ -91,6 +91,8 @@ def test_kernels_of_a_graph_are_told_apart_by_their_order():
     for step in kernels_of_steps(trace_of("/device:GPU:0", *graph, *graph), [PROGRAM], 2):
         assert [op_of(kernel) for kernel in step] == ["norms", "q k v", "q k v", "o", "norms", "down", OTHER]
         assert [kernel.start for kernel in step] == [0, 2, 4, 6, 8, 10, 12]
+    [step] = kernels_of_steps(trace_of("/device:GPU:0", *graph, ("memset", "")), [PROGRAM], 1)
+    assert op_of(step[-1]) == OTHER, "of the last instruction, not of the first again"
     with pytest.raises(RuntimeError, match="15 kernels"):
         kernels_of_steps(trace_of("/device:GPU:0", *graph, *graph, ("add_rms_norm", "")), [PROGRAM], 2)
 

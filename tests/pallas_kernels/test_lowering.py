@@ -189,11 +189,20 @@ def test_all_reduce_rms_norm_lowers(case):
 
 @pytest.mark.parametrize("size", [1028, 64])
 def test_all_reduce_rms_norm_refuses_rows_that_threads_cannot_share(size):
-    x, peers = jnp.zeros((7, size), jnp.bfloat16), jnp.zeros((2, 3, 2), jnp.int32)
+    x = jnp.zeros((7, size), jnp.bfloat16)
+    peers = jnp.zeros((3, 2), jnp.int32), jnp.zeros(kernels.workspace_words(2, 7, 2 * size), jnp.int32)
     with pytest.raises(ValueError, match="must have a multiple of 16 bytes"):
         kernels.all_reduce_rms_norm(x, x, x[0], *peers, eps=1e-5)
     with pytest.raises(ValueError, match=r"y.shape=\(7, 30\)"):
         kernels.all_reduce_rms_norm(x, x[:, :30], x[0], *peers, eps=1e-5)
+
+
+@pytest.mark.parametrize(("devices", "rows", "lengthened"), [(2, 6, 0), (1, 7, 0), (2, 7, 2**29)])
+def test_all_reduce_rms_norm_refuses_memory_that_rows_do_not_fit(devices, rows, lengthened):
+    x, scale = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((7, 4096), (4096,)))
+    peers = ints(devices + 1, 2), ints(kernels.workspace_words(devices, rows, 8192) + lengthened)
+    with pytest.raises(ValueError, match=r"workspace.shape=\(\d+,\): of two devices at least; \d+ words"):
+        lower_for_cuda(partial(kernels.all_reduce_rms_norm, eps=1e-5), x, x, scale, *peers)
 
 
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if ACTIVATIONS[name] is not ERF])

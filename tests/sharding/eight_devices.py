@@ -16,6 +16,7 @@ from jaxengine.errors import WeightsDeletedError
 from jaxengine.handoff.rollout import Rollout
 from jaxengine.kv_cache import AXES
 from jaxengine.layers.linear import Linear
+from jaxengine.layers.peers import create_peers, linked, own, peer_rows, peers_sharding
 from jaxengine.models import param_specs
 from jaxengine.models.llama import Residual
 from jaxengine.sharding import LAYER, STAGE, ParamSpec, create_mesh, gather, named_sharding, on_each_device
@@ -202,6 +203,27 @@ def test_the_same_answers_with_peers(family, experts, devices, attention, monkey
         check_answers(family, llm)
 
 
+@pytest.mark.parametrize("sizes", [{"tensor": 4, "data": 2}, {"tensor": 2, "expert": 2, "data": 2}])
+def test_each_device_is_told_the_memory_of_those_that_split_its_layers(sizes):
+    mesh, rows = create_mesh(**sizes), 5
+    peers = create_peers(mesh, rows, row_bytes=512)
+    begin = {shard.device: shard.data.unsafe_buffer_pointer() for shard in peers.workspace.addressable_shards}
+    groups = [list(mesh.devices.flat[:4]), list(mesh.devices.flat[4:])]
+    for shard in peers.addresses.addressable_shards:
+        [group] = (group for group in groups if shard.device in group)
+        rank = group.index(shard.device)
+        *found, place = np.asarray(shard.data)[0].view("<u8")[:, 0].tolist()
+        assert found == [begin[device] for device in group[rank:] + group[:rank]]
+        assert (place & 0xFFFFFFFF, place >> 32) == (rank, rows)
+    ranks = on_each_device(
+        lambda peers: jax.lax.axis_index(LAYER)[None] - own(peers).addresses[-1:, 0], (peers,),
+        (peers_sharding(mesh).spec,), peers_sharding(mesh), mesh,
+    )[0](peers)  # fmt: skip
+    assert (np.asarray(ranks) == 0).all()
+    assert not linked(mesh)
+    assert peer_rows(mesh, 512) == 2**22 // (3 * 512) and peer_rows(mesh, 520) == peer_rows(mesh, 256) == 0
+
+
 def test_a_bias_is_added_once():
     def product(x, kernel, bias):
         linear = Linear({"kernel": kernel, "bias": bias}, LAYER)
@@ -342,9 +364,10 @@ def test_what_is_refused(family, options, error, message):
         pytest.param("qwen3", 2, 2, marks=full),
     ],
 )
-def test_the_kernels_lower_for_cuda_within_each_device(family, devices, stages):
+def test_the_kernels_lower_for_cuda_within_each_device(family, devices, stages, monkeypatch):
+    monkeypatch.setattr("jaxengine.engine.runner.linked", lambda mesh: True)
     experts = 2 if family == "qwen3_moe" else 1
-    shape = CONFIGS[family] | {"head_dim": 64, "max_position_embeddings": 4096}
+    shape = CONFIGS[family] | {"head_dim": 64, "hidden_size": 256, "max_position_embeddings": 4096}
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "dtype": "bfloat16", "kv_cache_memory_bytes": 2**24}
     specs = param_specs(read_config(shape, "bfloat16", ()))
     made = {path: np.zeros(spec.shape, np.float32) for path, spec in specs.items()}
@@ -359,6 +382,7 @@ def test_the_kernels_lower_for_cuda_within_each_device(family, devices, stages):
         for name, kernel in {"decode": "paged_decode", "mixed": "paged_extend_mosaic"}.items():
             key = next(key for other, key in runner._all_keys()[::-1] if other == name)
             split = {id(runner.weights.leaves): runner.weights.specs, id(runner._cache): pool}
+            split |= {id(runner._peers): PartitionSpec((STAGE, *LAYER))}
             arguments = runner._arguments(name, key)
             program = jax.shard_map(
                 partial(getattr(runner, f"_{name}"), *key), mesh=mesh, out_specs=(pool, *[PartitionSpec()] * 3),
@@ -368,5 +392,9 @@ def test_the_kernels_lower_for_cuda_within_each_device(family, devices, stages):
             with jax.sharding.use_abstract_mesh(mesh):
                 text = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
             assert "rope_write" in text and kernel in text
+            with_peers = name == "decode" and stages == 1
+            norm, other = ("all_reduce_rms_norm", "add_rms_norm")[:: 1 if with_peers else -1]
+            assert f'name = "{norm}"' in text and f'name = "{other}"' not in text
             assert ("grouped_gated_matmul" in text) == (family == "qwen3_moe")
+            # With peers too, as layers/peers.py says; what is left there are sums of a number for each row.
             assert "stablehlo.all_reduce" in text and ("stablehlo.collective_permute" in text) == (stages > 1)
