@@ -22,8 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_tile
 from pallas_kernels import paged_tile as tile
 from pallas_kernels.mosaic_tile import ALIGN, ROWS, SWIZZLE
-from pallas_kernels.paged_decode_combine import combine
-from pallas_kernels.paged_decode_streams import Stream, deal, units
+from pallas_kernels.paged_decode_streams import Stream, combine, deal, units
 
 MIN_CUT = 256  # keys: where no row can have more, none is cut
 IDS = 128  # entries of the page table in a copy
@@ -73,7 +72,7 @@ def _q_rows(of_item: int) -> int:
 
 def supports(q, k_pages, v_pages, scale: float) -> bool:
     """Whether the kernel takes these arrays (or anything with their shapes and dtypes)."""
-    rows, queries, heads, dim = q.shape
+    _, queries, heads, dim = q.shape
     page_size = k_pages.shape[2]
     return (
         q.dtype in (jnp.bfloat16, jnp.float16)
@@ -81,7 +80,6 @@ def supports(q, k_pages, v_pages, scale: float) -> bool:
         and dim in (64, 128, 256)
         and page_size >= 8
         and not page_size & (page_size - 1)
-        and rows * queries * heads % ALIGN == 0
         and _q_rows(queries * heads // k_pages.shape[1]) <= ROWS
         and scale > 0  # the largest product is the largest score
     )
@@ -121,6 +119,8 @@ def paged_decode_mosaic(
     work = deal(lengths, units(lengths, queries, page_size, window, unit)[1], kv_heads, streams, cut)
     # An item's queries lie side by side.
     q = q.reshape(rows, queries, kv_heads, group, dim).swapaxes(1, 2).reshape(-1, dim)
+    padding = -len(q) % ALIGN
+    q = jnp.pad(q, ((0, padding), (0, 0))) if padding else q
     columns, swizzled = SWIZZLE // dtype.itemsize, partial(mosaic_tile.swizzled, dtype=dtype)
     kv = swizzled((consumers, stages, tuning.block_kv, dim))
     copies = tuning.block_kv // unit  # of a tile
@@ -130,7 +130,7 @@ def paged_decode_mosaic(
     if cut:
         out_type += [jax.ShapeDtypeStruct((2 * streams, of_item, dim), jnp.float32),
                      jax.ShapeDtypeStruct((2 * streams, ROWS), jnp.float32)]  # fmt: skip
-    out, *partial_results = plgpu.kernel(
+    padded, *partial_results = plgpu.kernel(
         partial(_kernel, settings),
         out_type=out_type,
         scratch_types=[
@@ -158,9 +158,9 @@ def paged_decode_mosaic(
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(work.streams, work.order, lengths, page_table, q,
       k_pages.reshape(pages * kv_heads, page_size, dim), v_pages.reshape(pages * kv_heads, page_size, dim))  # fmt: skip
+    out = padded[: len(padded) - padding]
     if cut:
-        partial_out, log_total = partial_results
-        out = combine(work, partial_out, log_total, out, interpret)
+        out = combine(work, *partial_results, out)
     return out.reshape(rows, kv_heads, queries, group, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
 
 

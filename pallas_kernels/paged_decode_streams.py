@@ -1,7 +1,7 @@
-"""How decode by Mosaic deals out its work: all streams get as many units of keys, however unlike the rows are.
+"""How decode by Mosaic deals out its work, and puts together what comes back in parts.
 
-A unit is a page, or a tile where that is less. All units of all rows and KV heads stand in one line, head by head, and
-each stream has the next so many. Plain jax.numpy: a step's layers share lengths, so XLA computes it once for them all.
+All streams get as many units of keys, however unlike the rows are. A unit is a page, or a tile where that is less. All units of all rows and KV heads stand in one line, head by head, and
+each stream has the next so many. Plain jax.numpy: a step's layers share lengths, so XLA deals once for them all.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import paged_tile as tile
+from pallas_kernels.mosaic_tile import ALIGN
+
+PRECISION = jax.lax.Precision.HIGHEST
+
 
 
 def units(
@@ -76,3 +80,32 @@ def deal(lengths: jax.Array, counts: jax.Array, kv_heads: int, streams: int, cut
     first_stream = stream_of(first)
     parts = jnp.where(live[:, None], stream_of(first + cost[:, None] - 1) - first_stream + 1, 1)
     return Work(order, jnp.stack(each_stream, axis=1), first_stream, parts)
+
+
+def combine(work: Work, partial_out: jax.Array, log_total: jax.Array, out: jax.Array) -> jax.Array:
+    """`out` [R * KH * N, D] with the N rows of each item (a row and KV head) that has several parts filled in.
+
+    Stream s left partial_out [2 * S, N, D] and log2 of the weights' sums, log_total [2 * S, .], at 2 * s, or at
+    2 * s + 1 where it has the item's first unit. Row 0 of an item stands in log_total as it does in a tile of ALIGN.
+    """
+    stream, number = Stream(*work.streams.T), jnp.arange(len(work.streams))
+    (_, kv_heads), (slots, of_item, dim) = work.parts.shape, partial_out.shape
+    head = stream.item // jnp.maximum(stream.live, 1)
+    item, first = stream.row * kv_heads + head, work.first_stream[stream.row, head]
+    goes_on = (stream.segments > 0) & (stream.begin > 0)  # its first item began in an earlier stream, `first`
+    begins = jnp.roll(goes_on & (first == number - 1), -1)  # its last item goes on in the next
+    used, owner, item = (
+        jnp.stack(pair, axis=1).reshape(slots)
+        for pair in ((goes_on, begins), (first, number), (item, jnp.roll(item, -1)))
+    )
+    place = (item * of_item % ALIGN)[:, None] + jnp.arange(of_item)
+    logs = jnp.where(used[:, None], jnp.take_along_axis(log_total, place, axis=1), tile.HIDDEN)
+    mine = used & (owner == number[:, None])  # [S, 2 * S]
+    top = jnp.max(jnp.where(mine[:, :, None], logs, tile.HIDDEN), axis=1)
+    weight = jnp.where(used[:, None], jnp.exp2(logs - top[owner]), 0)
+    total = jnp.sum(jnp.where(mine[:, :, None], weight, 0), axis=1)
+    values = jnp.where(used[:, None, None], partial_out * weight[:, :, None], 0).reshape(slots, -1)
+    sums = jnp.dot(mine.astype(jnp.float32), values, precision=PRECISION).reshape(-1, of_item, dim)
+    sums = (sums / jnp.where(total == 0, 1, total)[:, :, None]).astype(out.dtype)
+    cut = (work.parts.ravel() > 1)[:, None, None]
+    return jnp.where(cut, sums[work.first_stream.ravel()], out.reshape(-1, of_item, dim)).reshape(out.shape)
