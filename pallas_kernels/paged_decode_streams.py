@@ -102,7 +102,7 @@ def combine(work: Work, partial_out: jax.Array, log_total: jax.Array, out: jax.A
     logs = jnp.where(used[:, None], jnp.take_along_axis(log_total, place, axis=1), tile.HIDDEN)
     mine = used & (owner == number[:, None])  # [S, 2 * S]
     top = jnp.max(jnp.where(mine[:, :, None], logs, tile.HIDDEN), axis=1)
-    weight = jnp.where(used[:, None], jnp.exp2(logs - top[owner]), 0)
+    weight = jnp.exp2(logs - top[owner])
     total = jnp.sum(jnp.where(mine[:, :, None], weight, 0), axis=1)
     values = jnp.where(used[:, None, None], partial_out * weight[:, :, None], 0).reshape(slots, -1)
     sums = jnp.dot(mine.astype(jnp.float32), values, precision=PRECISION).reshape(-1, of_item, dim)

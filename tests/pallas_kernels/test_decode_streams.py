@@ -1,4 +1,4 @@
-"""How decode by Mosaic deals out its work: each unit once, to all streams as many, and parts where they are sought."""
+"""How decode by Mosaic deals out its work (each unit once, to all streams as many) and puts parts together."""
 
 from collections import defaultdict
 
@@ -8,11 +8,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_decode_streams import Stream, deal
+from pallas_kernels.paged_decode_streams import Stream, combine, deal
 
 STREAMS = 5
 UNITS = st.one_of(st.just(0), st.integers(1, 3), st.integers(1, 300))
 deal_jitted = jax.jit(deal, static_argnums=(2, 3, 4))
+combine_jitted = jax.jit(combine)
 
 
 def segments(units, kv_heads: int, cut: bool):
@@ -58,3 +59,37 @@ def test_each_unit_once_and_all_streams_alike(units, kv_heads, cut):
         first = int(work.first_stream[row, head])
         assert which == [(first + i, i == 0) for i in range(int(work.parts[row, head]))]
         assert cut or len(which) == 1
+
+
+@given(
+    st.sampled_from([1, 2, 9]).flatmap(lambda rows: st.lists(UNITS, min_size=rows, max_size=rows)),
+    st.sampled_from([1, 3]),
+    st.integers(0, 2**16),
+)
+def test_parts_are_put_together(units, kv_heads, seed):
+    """Weights and values of every unit are drawn; a stream leaves what its units sum to, and NaN where it has none."""
+    rng, of_item, dim = np.random.default_rng(seed), 3, 4
+    score = rng.normal(0, 40, (len(units), kv_heads, max(units), of_item))  # in powers of two
+    value = rng.normal(size=(*score.shape, dim))
+
+    def attended(row, head, begin, end):
+        log = score[row, head, begin:end]
+        total = np.log2(np.exp2(log - log.max(axis=0)).sum(axis=0)) + log.max(axis=0)
+        return (np.exp2(log - total)[:, :, None] * value[row, head, begin:end]).sum(axis=0), total
+
+    found, work = segments(units, kv_heads, True)
+    out = np.full((len(units) * kv_heads, of_item, dim), np.nan, np.float32)
+    partial_out, log_total = (np.full((2 * STREAMS, *shape), np.nan, np.float32) for shape in ((of_item, dim), (16,)))
+    for number, row, head, begin, end in found:
+        values, total = attended(row, head, begin, end)
+        item = row * kv_heads + head
+        if (begin, end) == (0, units[row]):
+            out[item] = values
+            continue
+        slot, place = 2 * number + (begin == 0), item * of_item % 8
+        partial_out[slot], log_total[slot, place : place + of_item] = values, total
+    expected = out.copy().reshape(len(units), kv_heads, of_item, dim)
+    for row, head in {(row, head) for _, row, head, *_ in found}:
+        expected[row, head] = attended(row, head, 0, units[row])[0]
+    together = combine_jitted(work, partial_out, log_total, out.reshape(-1, dim))
+    np.testing.assert_allclose(together, expected.reshape(-1, dim), atol=1e-4)
