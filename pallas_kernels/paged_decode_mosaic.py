@@ -160,7 +160,8 @@ def paged_decode_mosaic(
       k_pages.reshape(pages * kv_heads, page_size, dim), v_pages.reshape(pages * kv_heads, page_size, dim))  # fmt: skip
     out = padded[: len(padded) - padding]
     if cut:
-        out = combine(work, *partial_results, out)
+        partial_out, log_total = partial_results
+        out = combine(work, partial_out, log_total, out)
     return out.reshape(rows, kv_heads, queries, group, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
 
 

@@ -1,7 +1,8 @@
 """How decode by Mosaic deals out its work, and puts together what comes back in parts.
 
-All streams get as many units of keys, however unlike the rows are. A unit is a page, or a tile where that is less. All units of all rows and KV heads stand in one line, head by head, and
-each stream has the next so many. Plain jax.numpy: a step's layers share lengths, so XLA deals once for them all.
+All streams get as many units of keys, however unlike the rows are. A unit is a page, or a tile where that is less. All
+units of all rows and KV heads stand in one line, head by head, and each stream has the next so many. Plain jax.numpy: a
+step's layers share lengths, so XLA deals once for them all.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,6 @@ from pallas_kernels import paged_tile as tile
 from pallas_kernels.mosaic_tile import ALIGN
 
 PRECISION = jax.lax.Precision.HIGHEST
-
 
 
 def units(
