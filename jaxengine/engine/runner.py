@@ -108,7 +108,7 @@ class Runner:
         self.weights = DeviceWeights(model, params, max_model_len, mesh, borrowed)
         self.vocab_size, self.shards, self.stages = model.vocab_size, mesh.shape[DATA], mesh.shape[STAGE]
         self._row_bytes = model.hidden_size * self.weights.leaves[0].dtype.itemsize
-        uses_peers = self.stages == 1 and sums_over_peers(model) and linked(mesh)
+        uses_peers = self.stages == 1 and sums_over_peers(model, self.attention) and linked(mesh)
         self._peer_rows = min(buckets.rows[-1], peer_rows(mesh, self._row_bytes)) if uses_peers else 0
         self._gathers = self.shards > 1 and mesh.is_multi_process  # else a process could not read all shards' results
         self._programs: dict[tuple, Any] = {}

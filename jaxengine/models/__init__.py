@@ -57,9 +57,9 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
     return specs | {path: replace(specs[path], layer=(i, config.num_layers)) for path, i in layers.items()}
 
 
-def sums_over_peers(config: ModelConfig) -> bool:
-    """Whether its layers add and normalize in one pass, which then can sum over devices too."""
-    return family(config) is llama
+def sums_over_peers(config: ModelConfig, implementation: str) -> bool:
+    """Whether its layers add and normalize in one pass, by a kernel that can sum over devices too."""
+    return family(config) is llama and implementation == "triton"
 
 
 def one_stage(config: ModelConfig, stages: int) -> ModelConfig:

@@ -192,6 +192,7 @@ def test_the_same_answers_with_peers(family, experts, devices, attention, monkey
     """What normalizes also sums, in decode steps: here XLA does it, as CPUs have no peers."""
     seen = []
     run_layer.clear_cache()  # or steps like those of earlier tests are not traced, and so not seen
+    monkeypatch.setattr("jaxengine.engine.runner.sums_over_peers", lambda model, attention: True)
     monkeypatch.setattr("jaxengine.engine.runner.linked", lambda mesh: mesh.size > 1)
     monkeypatch.setattr("jaxengine.engine.runner.peer_rows", lambda mesh, row_bytes: 2)  # steps of four have none
     monkeypatch.setattr(Residual, "normed", lambda *a, f=Residual.normed: seen.append(a[2].peers) or f(*a))
@@ -202,6 +203,13 @@ def test_the_same_answers_with_peers(family, experts, devices, attention, monkey
         llm.sleep(1)
         llm.wake_up()
         check_answers(family, llm)
+
+
+def test_no_memory_of_peers_where_no_kernel_uses_it(monkeypatch):
+    monkeypatch.setattr("jaxengine.engine.runner.linked", lambda mesh: True)
+    monkeypatch.setattr("jaxengine.engine.runner.peer_rows", lambda mesh, row_bytes: 2)
+    with make_llm("llama", 2) as llm:
+        assert llm._runner.attention == "xla" and llm._runner._peers == ()
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 4, "data": 2}, {"tensor": 2, "expert": 2, "data": 2}])
@@ -366,6 +374,7 @@ def test_what_is_refused(family, options, error, message):
     ],
 )
 def test_the_kernels_lower_for_cuda_within_each_device(family, devices, stages, monkeypatch):
+    monkeypatch.setattr("jaxengine.engine.runner.sums_over_peers", lambda model, attention: True)
     monkeypatch.setattr("jaxengine.engine.runner.linked", lambda mesh: True)
     experts = 2 if family == "qwen3_moe" else 1
     shape = CONFIGS[family] | {"head_dim": 64, "hidden_size": 256, "max_position_embeddings": 4096}
