@@ -21,6 +21,7 @@ from jaxengine.engine.shards import together
 from jaxengine.errors import ConfigError
 from jaxengine.frontend import Frontend
 from jaxengine.kv_cache import cache_groups
+from jaxengine.layers import ops
 from jaxengine.live_weights import LiveWeights
 from jaxengine.memory import Sizes, compiling_bytes, plan_pages, temporary_bytes
 from jaxengine.models import one_share
@@ -239,11 +240,10 @@ def _resolve(
         dtype = model.dtype if in_memory else "float32" if device.platform == "cpu" else wide
     fuse = not in_memory if config.fuse_weights is None else config.fuse_weights
     attention = defaults.attention if config.attention == "auto" else config.attention
-    if attention == "triton" and device.platform != "gpu":
-        raise ConfigError(f"attention='triton' needs an NVIDIA GPU, this is a {device.platform}; use 'auto' or 'xla'")
-    if attention == "triton" and config.page_size < 8:
-        raise ConfigError(f"page_size={config.page_size} is below the 8 of the GPU's kernels; attention='xla' takes it")
     cache_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    ops.check(
+        attention, model, device, dtype=dtype, kv_cache_dtype=cache_dtype, page_size=config.page_size, tokens=tokens
+    )
     logger.info(
         "%s on %s: dtype=%s kv_cache_dtype=%s attention=%s fuse_weights=%s max_model_len=%d max_num_seqs=%d "
         "max_num_batched_tokens=%d",

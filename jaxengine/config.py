@@ -164,7 +164,7 @@ class EngineConfig:
     # Tokens that a call draws of each sequence when nobody waits to be admitted; what comes after a stop is dropped.
     steps_per_call: int | None = None  # None: 4 where submitting a step takes as long as the step, else 1
     priority_aging_steps: int = 256  # steps of waiting that outweigh one unit of priority
-    attention: str = "auto"  # auto | reference | xla | triton
+    attention: str = "auto"  # auto | reference | xla | triton | mosaic
     max_logprobs: int = 20  # largest SamplingParams.logprobs; -1 (whole vocabulary) is always possible
     logprobs_mode: str = "raw"  # raw: the model's distribution; processed: the one the token was drawn from
     # True: the engine's own copy, with one product for q, k, v and one for gate, up. False: the canonical arrays
@@ -197,7 +197,8 @@ class EngineConfig:
         check("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "above 0 and at most 1")
         check("steps_in_flight", self.steps_in_flight in (0, 1, 2), "0, 1 or 2")
         check("priority_aging_steps", _is_int(self.priority_aging_steps) and self.priority_aging_steps > 0, "positive")
-        check("attention", self.attention in ("auto", "reference", "xla", "triton"), "auto, reference, xla or triton")
+        check("attention", self.attention in ("auto", "reference", "xla", "triton", "mosaic"),
+              "auto, reference, xla, triton or mosaic")  # fmt: skip
         check("max_logprobs", _is_int(self.max_logprobs) and self.max_logprobs >= 0, "0 or more")
         check("fuse_weights", self.fuse_weights in (None, False, True), "None, False or True")
         check("logprobs_mode", self.logprobs_mode in ("raw", "processed"), "raw or processed")

@@ -41,7 +41,7 @@ TABLE: dict[str, set[str]] = {
     "frontend": EVERYBODY | {"engine", "request", "tokenizer"},
     "assembly": EVERYBODY
     | {"engine", "weights", "live_weights", "tokenizer", "text", "frontend", "memory", "progress", "kv_cache"}
-    | {"models", "processes", "sharding"},
+    | {"layers", "models", "processes", "sharding"},
     "beam_search": EVERYBODY | {"frontend", "progress", "request"},
     "llm": EVERYBODY
     | {"assembly", "frontend", "beam_search", "progress", "engine", "tokenizer", "request", "evaluate"}

@@ -1,7 +1,8 @@
 """The operations that have several implementations behind one signature; which one runs is chosen once, at start-up.
 
 `triton` and `reference` are the kernels and their twins in `pallas_kernels`, where the signatures are documented;
-`xla` is plain XLA, the default on CPU. In a profile each runs under its name here.
+`xla` is plain XLA, the default on CPU. `mosaic` is attention by the kernels for Hopper and all else by XLA, so nothing
+through Triton, which JAX calls deprecated. In a profile each runs under its name here.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxengine.config import ModelConfig
+from jaxengine.errors import ConfigError
 from jaxengine.kv_cache import write_pages
 from jaxengine.layers import xla_attention, xla_grouped
 from jaxengine.layers.activation import ERF
@@ -18,7 +21,7 @@ from jaxengine.layers.norm import rms_norm
 from jaxengine.layers.rope import apply_rope
 from jaxengine.sharding import LAYER, total
 
-Implementation = Literal["reference", "xla", "triton"]
+Implementation = Literal["reference", "xla", "triton", "mosaic"]
 
 
 class Ops(NamedTuple):
@@ -42,12 +45,58 @@ def ops(implementation: Implementation) -> Ops:
     return Ops(*(jax.named_call(op, name=name) for name, op in found._asdict().items()))
 
 
+def check(
+    implementation: str, model: ModelConfig, device: jax.Device, *, dtype: str, kv_cache_dtype: str, page_size: int,
+    tokens: int,
+) -> None:  # fmt: skip
+    """Raises ConfigError, with what to use instead, if it does not run on the device or take the model in steps of at
+    least so many tokens.
+    """
+    if implementation not in ("triton", "mosaic"):
+        return
+    asked = f"attention={implementation!r}"
+    if device.platform != "gpu":
+        raise ConfigError(f"{asked} needs an NVIDIA GPU, this is a {device.platform}; use 'auto' or 'xla'")
+    if page_size < 8:
+        raise ConfigError(f"{page_size=} is below the 8 of the GPU's kernels; attention='xla' takes it")
+    if implementation == "triton":
+        return
+    if getattr(device, "compute_capability", None) != "9.0":
+        raise ConfigError(f"{asked} needs a Hopper GPU (H100, H200), this is a {device.device_kind}; use 'triton'")
+    from pallas_kernels import paged_decode_mosaic, paged_extend_mosaic
+
+    heads, scale = (model.num_heads, model.head_dim), min(model.attention_scales)
+    pool = jax.ShapeDtypeStruct((1, model.num_kv_heads, page_size, model.head_dim), kv_cache_dtype)
+    for kernel, q in ((paged_decode_mosaic, (1, 1, *heads)), (paged_extend_mosaic, (tokens, *heads))):
+        if not kernel.supports(jax.ShapeDtypeStruct(q, dtype), pool, pool, scale):
+            raise ConfigError(
+                f"{asked} takes dtype and kv_cache_dtype bfloat16 or float16, both the same, heads of 64, 128 or 256, "
+                f"64 batched tokens at least and positive attention scales, not {dtype=} {kv_cache_dtype=} "
+                f"{model.num_heads=} {model.num_kv_heads=} {model.head_dim=} max_num_batched_tokens={tokens} "
+                f"{scale=}; use 'triton'"
+            )
+
+
 def _unnamed(implementation: Implementation) -> Ops:
+    attention = xla_attention.paged_decode, xla_attention.paged_extend
+    grouped = xla_grouped.grouped_gated_matmul, xla_grouped.grouped_matmul
+    xla = Ops(_add_rms_norm, _all_reduce_rms_norm, _gated_activation, *grouped, _kv_write, *attention, _rope_write)
     if implementation == "xla":
-        attention = xla_attention.paged_decode, xla_attention.paged_extend
-        grouped = xla_grouped.grouped_gated_matmul, xla_grouped.grouped_matmul
-        return Ops(_add_rms_norm, _all_reduce_rms_norm, _gated_activation, *grouped, _kv_write, *attention, _rope_write)
+        return xla
     import pallas_kernels as kernels
+
+    if implementation == "mosaic":
+        from pallas_kernels import paged_decode_mosaic, paged_extend_mosaic
+
+        def tuned(op, kernel):
+            return lambda q, k, *args, **options: op(
+                q, k, *args, **options, tuning=kernel.TuningConfig.from_shapes(q, k)
+            )
+
+        return xla._replace(
+            paged_decode=tuned(kernels.paged_decode, paged_decode_mosaic),
+            paged_extend=tuned(kernels.paged_extend, paged_extend_mosaic),
+        )
 
     suffix = "_reference" if implementation == "reference" else ""
     found = Ops(*(getattr(kernels, name + suffix) for name in Ops._fields))
