@@ -40,7 +40,7 @@ references: $(REFERENCES)
 	set -e; for script in tests/references/make_*.py; do .venv-references/bin/python $$script --check; done
 
 gpu-test:
-	JAX_PLATFORMS=cuda,cpu $(PYTHON) -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
+	JAX_PLATFORMS=cuda,cpu $(PYTHON) -m pytest -m "gpu and not full" tests/gpu $(PYTEST_ARGS)
 
 bench:
 	$(PYTHON) -m benchmarks.offline $(BENCH_ARGS)
