@@ -72,17 +72,8 @@ def _q_rows(of_item: int) -> int:
 
 def supports(q, k_pages, v_pages, scale: float) -> bool:
     """Whether the kernel takes these arrays (or anything with their shapes and dtypes)."""
-    _, queries, heads, dim = q.shape
-    page_size = k_pages.shape[2]
-    return (
-        q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.dtype == k_pages.dtype == v_pages.dtype
-        and dim in (64, 128, 256)
-        and page_size >= 8
-        and not page_size & (page_size - 1)
-        and _q_rows(queries * heads // k_pages.shape[1]) <= ROWS
-        and scale > 0  # the largest product is the largest score
-    )
+    fits = _q_rows(q.shape[1] * q.shape[2] // k_pages.shape[1]) <= ROWS
+    return fits and mosaic_tile.supports(q, k_pages, v_pages, scale)
 
 
 def paged_decode_mosaic(
@@ -102,8 +93,7 @@ def paged_decode_mosaic(
 
     ValueError for what `supports` does not take. Interpret mode also checks for races, and is slow.
     """
-    if not supports(q, k_pages, v_pages, scale):
-        raise ValueError(f"this kernel does not take {q.shape=} {q.dtype=} {k_pages.shape=} {k_pages.dtype=} {scale=}")
+    mosaic_tile.check_supported(supports(q, k_pages, v_pages, scale), q, k_pages, scale)
     (pages, kv_heads, page_size, dim), dtype = k_pages.shape, q.dtype
     rows, queries, heads, _ = q.shape
     group, consumers, stages = heads // kv_heads, tuning.consumers, tuning.stages
@@ -406,15 +396,14 @@ def _store_zeros(refs: Refs, settings: Settings, worker: jax.Array) -> None:
 
 def _attend(
     refs: Refs, settings: Settings, segment: Segment, worker: jax.Array, queries, offset: jax.Array, first: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weighted values [ROWS, D], top scores and total weights [ROWS], by online softmax (Milakov, Gimelshein 2018)."""
-    (_, stages, block_kv, dim), dtype = refs.k_smem.shape, refs.q.dtype
+) -> mosaic_tile.Carry:
+    """What the segment's keys give, not divided by the total weights."""
+    _, stages, block_kv, dim = refs.k_smem.shape
     scale, window, softcap = settings.scale, settings.window, settings.softcap
-    factor = tile.LOG2E if softcap else scale * tile.LOG2E
+    factor = mosaic_tile.in_powers_of_two(scale, softcap)
     iota = partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, block_kv), layout=plgpu.Layout.WGMMA)
 
     def body(step, carry):
-        out, top, total = carry
         slot = tile.rem(first + step, stages)
         barrier = worker * stages + slot
         key = segment.key_start + step * block_kv
@@ -426,8 +415,7 @@ def _attend(
         plgpu.barrier_wait(refs.k_loaded.at[barrier])
         scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, block_kv), jnp.float32))
         plgpu.barrier_arrive(refs.k_released.at[barrier])
-        if softcap:
-            scores = jnp.tanh(scores * (scale / softcap)) * softcap
+        scores = mosaic_tile.capped(scores, scale, softcap)
         seen = iota(1) < segment.key_end - key
         if settings.queries > 1 or window is not None:
             query = tile.div(jnp.maximum(iota(0) - offset, 0), settings.group) if settings.queries > 1 else 0
@@ -435,31 +423,13 @@ def _attend(
             seen &= ahead <= 0
             if window is not None:
                 seen &= ahead > -window
-        scores = jnp.where(seen, scores, -jnp.inf)
-        new_top = jnp.maximum(top, scores.max(axis=1) * factor)
-        decay = jnp.exp2(top - new_top)
-        weight = jnp.exp2(scores * factor - jax.lax.broadcast_in_dim(new_top, scores.shape, [0]))
-        out *= jax.lax.broadcast_in_dim(decay, out.shape, [0])
-        total = total * decay + weight.sum(axis=1)
-        weight = weight.astype(dtype)
+        (out, top, total), weight = mosaic_tile.weigh(carry, jnp.where(seen, scores, -jnp.inf), factor)
+        weight = weight.astype(refs.q.dtype)
         plgpu.barrier_wait(refs.v_loaded.at[barrier])
-        mosaic_tile.clear_beyond(refs.v_smem.at[worker, slot], segment.length - key, True)
-
-        def multiply_values(accumulator):
-            plgpu.wgmma(accumulator, weight, refs.v_smem.at[worker, slot])
-
-        if settings.simulated:  # interpret mode knows no run_state, nor wgmma of registers
-            out += jnp.dot(weight, refs.v_smem[worker, slot], preferred_element_type=jnp.float32)
-            plgpu.commit_smem()
-        else:
-            out = pl.run_state(multiply_values)(plgpu.ACC.init(out))
+        values = refs.v_smem.at[worker, slot]
+        mosaic_tile.clear_beyond(values, segment.length - key, True)
+        out = mosaic_tile.add_values(out, weight, values, settings.simulated)
         plgpu.barrier_arrive(refs.v_released.at[barrier])
-        return out, new_top, total
+        return out, top, total
 
-    by_row = plgpu.Layout.WGMMA.reduce(1)
-    carry = (
-        plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((ROWS,), tile.HIDDEN, jnp.float32), by_row),
-        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
-    )
-    return jax.lax.fori_loop(0, segment.steps, body, carry)
+    return jax.lax.fori_loop(0, segment.steps, body, mosaic_tile.start(dim))

@@ -45,17 +45,7 @@ class TuningConfig:
 
 def supports(q, k_pages, v_pages, scale: float) -> bool:
     """Whether the kernel takes these arrays (or anything with their shapes and dtypes)."""
-    tokens, _, dim = q.shape
-    page_size = k_pages.shape[2]
-    return (
-        q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.dtype == k_pages.dtype == v_pages.dtype
-        and dim in (64, 128, 256)
-        and page_size >= 8
-        and not page_size & (page_size - 1)
-        and tokens >= ROWS
-        and scale > 0  # the largest product is the largest score
-    )
+    return len(q) >= ROWS and mosaic_tile.supports(q, k_pages, v_pages, scale)
 
 
 class Settings(NamedTuple):
@@ -95,8 +85,7 @@ def paged_extend_mosaic(
 
     ValueError for what `supports` does not take. Interpret mode also checks for races, and is slow.
     """
-    if not supports(q, k_pages, v_pages, scale):
-        raise ValueError(f"this kernel does not take {q.shape=} {q.dtype=} {k_pages.shape=} {k_pages.dtype=} {scale=}")
+    mosaic_tile.check_supported(supports(q, k_pages, v_pages, scale), q, k_pages, scale)
     (pages, kv_heads, page_size, dim), dtype = k_pages.shape, q.dtype
     units = pl.cdiv(block_q, ROWS) * (q.shape[1] // kv_heads)
     items = len(block_row) * kv_heads * pl.cdiv(units, CONSUMERS)
@@ -317,10 +306,10 @@ def _take_turns(refs: Refs) -> None:
 def _attend(
     refs: Refs, settings: Settings, item: Item, unit: Unit, queries, first: jax.Array, warpgroup: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The unit's weighted values [ROWS, D] and total weights [ROWS], by online softmax (Milakov, Gimelshein 2018)."""
+    """The unit's weighted values [ROWS, D] and total weights [ROWS]."""
     (stages, block_kv, dim), page_size, dtype = refs.k_smem.shape, refs.k.shape[1], refs.q.dtype
     scale, window, softcap = settings.scale, settings.window, settings.softcap
-    factor = tile.LOG2E if softcap else scale * tile.LOG2E
+    factor = mosaic_tile.in_powers_of_two(scale, softcap)
     context, key_start, steps = item.context, item.key_start, item.steps
     key_end = context + item.end_token
     # What lies behind a row's last key in its page may be anything, NaN too. The second consumer gets its turn to
@@ -329,7 +318,6 @@ def _attend(
 
     def body(step, carry, masked):
         """masked: some query of the item does not see some key of this tile."""
-        out, top, total = carry
         slot = tile.rem(first + step, stages)
 
         def multiply_keys(accumulator):
@@ -339,53 +327,33 @@ def _attend(
 
         scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, block_kv), jnp.float32))
         plgpu.barrier_arrive(refs.k_released.at[slot])
-        if softcap:
-            scores = jnp.tanh(scores * (scale / softcap)) * softcap
+        scores = mosaic_tile.capped(scores, scale, softcap)
         if masked:
             iota = partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, block_kv), layout=plgpu.Layout.WGMMA)
             ahead = iota(1) - iota(0) + (key_start + step * block_kv - context - unit.base)  # of the query's own key
             seen = ahead <= 0
             if window is not None:
                 seen &= ahead > -window
-            # Weights of 0 for a query that has seen no key yet too, as `top` is finite. (A finite score would not do:
-            # in one instruction with the subtraction, its product with the factor is not rounded as `top` is.)
             scores = jnp.where(seen, scores, -jnp.inf)
-        new_top = jnp.maximum(top, scores.max(axis=1) * factor)
-        decay = jnp.exp2(top - new_top)
-        weight = jnp.exp2(scores * factor - jax.lax.broadcast_in_dim(new_top, scores.shape, [0]))
-        out *= jax.lax.broadcast_in_dim(decay, out.shape, [0])
-        total = total * decay + weight.sum(axis=1)
+        (out, top, total), weight = mosaic_tile.weigh(carry, scores, factor)
         # All of it before the turn, not between the products.
-        out, total, new_top, weight = jax.lax.optimization_barrier((out, total, new_top, weight.astype(dtype)))
+        out, total, top, weight = jax.lax.optimization_barrier((out, total, top, weight.astype(dtype)))
         plgpu.barrier_arrive(refs.turn)
         plgpu.barrier_wait(refs.v_loaded.at[slot])
+        values = refs.v_smem.at[slot]
         if masked:
-            mosaic_tile.clear_beyond(refs.v_smem.at[slot], key_end - key_start - step * block_kv, clear)
+            mosaic_tile.clear_beyond(values, key_end - key_start - step * block_kv, clear)
         plgpu.barrier_wait(refs.turn)
 
         def wait_for_next_keys():
             next_slot = tile.rem(first + step + 1, stages)
             pl.when(step + 1 < steps)(lambda: plgpu.barrier_wait(refs.k_loaded.at[next_slot]))
 
-        def multiply_values(accumulator):
-            plgpu.wgmma(accumulator, weight, refs.v_smem.at[slot])
-            wait_for_next_keys()
-
-        if settings.simulated:  # interpret mode knows no run_state, nor wgmma of registers
-            out += jnp.dot(weight, refs.v_smem[slot], preferred_element_type=jnp.float32)
-            plgpu.commit_smem()
-            wait_for_next_keys()
-        else:
-            out = pl.run_state(multiply_values)(plgpu.ACC.init(out))
+        out = mosaic_tile.add_values(out, weight, values, settings.simulated, wait_for_next_keys)
         plgpu.barrier_arrive(refs.v_released.at[slot])
-        return out, new_top, total
+        return out, top, total
 
-    by_row = plgpu.Layout.WGMMA.reduce(1)
-    carry = (
-        plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((ROWS,), tile.HIDDEN, jnp.float32), by_row),
-        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
-    )
+    carry = mosaic_tile.start(dim)
     whole_start: int | jax.Array = 0
     whole_end = tile.div(context + item.first_token + 1 - key_start, block_kv)
     if window is not None:
