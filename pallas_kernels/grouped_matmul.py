@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import paged_tile as tile
+from pallas_kernels import triton_tile
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,17 @@ class TuningConfig:
     def __post_init__(self) -> None:
         blocks = {"block_rows": self.block_rows, "block_out": self.block_out, "block_in": self.block_in}
         tile.check_tuning(blocks | {"num_warps": self.num_warps}, {"num_stages": self.num_stages})
-        if min(blocks.values()) < tile.MIN_ROWS:
-            raise ValueError(f"{self} must have blocks of at least {tile.MIN_ROWS}, the least the tensor cores take")
+        if min(blocks.values()) < triton_tile.MIN_ROWS:
+            raise ValueError(
+                f"{self} must have blocks of at least {triton_tile.MIN_ROWS}, the least the tensor cores take"
+            )
 
     @classmethod
     def from_shapes(cls, x, kernel, products: int = 1) -> "TuningConfig":
         """The choice for these arrays (or anything with their shapes and dtypes), with so many kernels at once."""
         single = x.dtype == jnp.float32  # on the plain cores, which need more registers
         most = 32 if single else 128
-        block_rows = max(tile.MIN_ROWS, min(most, pl.next_power_of_2(pl.cdiv(x.shape[0], kernel.shape[0]))))
+        block_rows = max(triton_tile.MIN_ROWS, min(most, pl.next_power_of_2(pl.cdiv(x.shape[0], kernel.shape[0]))))
         block_out = 128 // products if block_rows == 128 else 64
         return cls(block_rows, block_out, block_in=32 if single else 64, num_warps=8 if block_rows == 128 else 4)
 
@@ -102,7 +105,7 @@ def _each_with_all(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Arr
 
     def add(total, one):
         number, weights = one
-        return total + jnp.where((group == number)[:, None], tile.dot(x, weights, (1, 0)), 0), None
+        return total + jnp.where((group == number)[:, None], triton_tile.dot(x, weights, (1, 0)), 0), None
 
     start = jnp.zeros((x.shape[0], kernel.shape[2]), jnp.float32)
     return jax.lax.scan(add, start, (jnp.arange(kernel.shape[0]), kernel))[0]
@@ -172,7 +175,7 @@ def _kernel(
             x = _load(x_ref, (), read, k, None, known)
             limit = inside if size_out % block_out else None
             parts = [_load(ref, (group,), k, column, known, limit) for ref in kernel_refs]
-            return tuple(total + tile.dot(x, part, (1, 0)) for total, part in zip(sums, parts))
+            return tuple(total + triton_tile.dot(x, part, (1, 0)) for total, part in zip(sums, parts))
 
         zeros = tuple(jnp.zeros((block_rows, block_out), jnp.float32) for _ in kernel_refs)
         sums = jax.lax.fori_loop(0, pl.cdiv(size_in, block_in), body, zeros)

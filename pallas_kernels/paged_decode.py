@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import paged_tile as tile
+from pallas_kernels import triton_tile
 
 MAX_QUERIES = 8
 PROGRAMS = 528  # that an H200 runs at once, four on each multiprocessor; a few more would make a second, short wave
@@ -48,7 +49,7 @@ class TuningConfig:
         # Beyond these sizes of the output tile registers spill; plain cores (float32) need more of them per product.
         tile_rows = _tile_rows(queries * heads // kv_heads)
         size, single = tile_rows * pl.next_power_of_2(dim), q.dtype == jnp.float32
-        block_kv = 16 if single and tile_rows > 32 else tile.block_kv(dim, k_pages.dtype)
+        block_kv = 16 if single and tile_rows > 32 else triton_tile.block_kv(dim, k_pages.dtype)
         num_warps = 4 if size <= (2**12 if single else 2**13) else 8 if size <= 2**14 or not single else 16
         return cls(block_kv, max(1, PROGRAMS // kv_heads), num_warps)
 
@@ -195,7 +196,7 @@ def paged_decode_reference(
 
 
 def _tile_rows(rows: int) -> int:
-    return max(tile.MIN_ROWS, pl.next_power_of_2(rows))
+    return max(triton_tile.MIN_ROWS, pl.next_power_of_2(rows))
 
 
 def _kernel(
@@ -242,13 +243,13 @@ def _kernel(
             seen = tokens[None, :] <= position[:, None]
             if window is not None:
                 seen &= tokens[None, :] > position[:, None] - window
-            k, v = tile.load_tile(k_ref, v_ref, table_ref, row, head, tokens, inside)
-            return tile.attend(carry, q, k, v, seen, scale, softcap)
+            k, v = triton_tile.load_tile(k_ref, v_ref, table_ref, row, head, tokens, inside)
+            return triton_tile.attend(carry, q, k, v, seen, scale, softcap)
 
         begin = jnp.minimum(part_place_ref[part] * per_part, blocks)
         end = jnp.minimum(begin + per_part, blocks)
-        carry = jax.lax.fori_loop(begin, end, body, tile.start(m.size, d.size))
-        out = tile.finish(carry)
+        carry = jax.lax.fori_loop(begin, end, body, triton_tile.start(m.size, d.size))
+        out = triton_tile.finish(carry)
         alone = True if not partial_refs else parts == 1
         plt.store(out_ref.at[(row, *index)], out.astype(out_ref.dtype), mask=mask & alone)
         if partial_refs:
@@ -293,6 +294,6 @@ def _combine_kernel(
             return out, new_top, total * decay + weight.sum(axis=0)
 
         chunks = tile.div(parts + chunk - 1, chunk)
-        out = tile.finish(jax.lax.fori_loop(0, chunks, body, tile.start(m.size, d.size)))
+        out = triton_tile.finish(jax.lax.fori_loop(0, chunks, body, triton_tile.start(m.size, d.size)))
         index = (row, query[:, None], q_head[:, None], d[None, :])
         plt.store(out_ref.at[index], out.astype(out_ref.dtype), mask=real[:, None] & (d < dim)[None, :])

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import paged_tile as tile
+from pallas_kernels import triton_tile
 from pallas_kernels.paged_decode import paged_decode_reference
 
 
@@ -43,8 +44,8 @@ class TuningConfig:
         rows = pl.next_power_of_2(block_q * heads // k_pages.shape[1])
         # The largest tiles that spill no registers; float32 products run on the plain cores and need more of them.
         wide, single = pl.next_power_of_2(dim) > 128, q.dtype == jnp.float32
-        tile_rows = max(tile.MIN_ROWS, min(rows, 32 if single else 64 if wide else 128))
-        block_kv = 16 if single else 2 * tile.block_kv(dim, k_pages.dtype)
+        tile_rows = max(triton_tile.MIN_ROWS, min(rows, 32 if single else 64 if wide else 128))
+        block_kv = 16 if single else 2 * triton_tile.block_kv(dim, k_pages.dtype)
         return cls(tile_rows, block_kv, num_warps=4 if tile_rows < (32 if single else 64 if wide else 128) else 8)
 
 
@@ -217,14 +218,14 @@ def _kernel(
                     seen = keys[None, :] <= position[:, None]
                     if window is not None:
                         seen &= keys[None, :] > position[:, None] - window
-                k, v = tile.load_tile(k_ref, v_ref, table_ref, row, head, keys, inside)
-                return tile.attend(carry, q, k, v, seen, scale, softcap)
+                k, v = triton_tile.load_tile(k_ref, v_ref, table_ref, row, head, keys, inside)
+                return triton_tile.attend(carry, q, k, v, seen, scale, softcap)
 
             blocks = tile.div(length - base + block_kv - 1, block_kv)
-            carry = tile.start(tile_rows, d.size)
+            carry = triton_tile.start(tile_rows, d.size)
             masked_from: int | jax.Array = 0
             if window is None:
                 masked_from = tile.div(context + first_token + 1, block_kv)
                 carry = jax.lax.fori_loop(0, masked_from, partial(body, True), carry)
             carry = jax.lax.fori_loop(masked_from, blocks, partial(body, False), carry)
-            plt.store(out_ref.at[index], tile.finish(carry).astype(out_ref.dtype), mask=mask)
+            plt.store(out_ref.at[index], triton_tile.finish(carry).astype(out_ref.dtype), mask=mask)
