@@ -75,9 +75,7 @@ def attend(
     new_top = jnp.maximum(top, scores.max(axis=1))
     weight, decay = jnp.exp2(scores - new_top[:, None]), jnp.exp2(top - new_top)
     if seen is not None:
-        weight = jnp.where(
-            seen, weight, 0.0
-        )  # a query that has seen no key yet has exp2(0) = 1
+        weight = jnp.where(seen, weight, 0.0)  # a query that has seen no key yet has exp2(0) = 1
     out = out * decay[:, None] + dot(weight.astype(q.dtype), v.astype(q.dtype), (1, 0))
     return out, new_top, total * decay + weight.sum(axis=1)
 
