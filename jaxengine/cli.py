@@ -377,18 +377,13 @@ def measure(
 
 
 @bench.command()
-def kernels(
-    decode_by_mosaic: Annotated[
-        bool, typer.Option("--decode-by-mosaic", help="Also decode's kernel for Hopper, which nothing uses yet.")
-    ] = False,
-    output_json: OutputJson = None,
-) -> None:
+def kernels(output_json: OutputJson = None) -> None:
     """Time the attention kernels on a GPU, beside what the card reads and multiplies. Fails when a run is void."""
     from jaxengine.benchmark.kernels import run, table
     from jaxengine.progress import counting_bar
 
     with counting_bar("Measuring") as progress:
-        result = run(progress, decode_by_mosaic)
+        result = run(progress)
     show(table(result), result, output_json)
     if result["void"]:
         raise typer.Exit(1)

@@ -170,13 +170,10 @@ def test_bench_kernels_needs_a_gpu(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("void", "status"), [(None, 0), (False, 0), (True, 1)])
 def test_bench_kernels_writes_and_fails_when_void(tmp_path, monkeypatch, void, status):
-    asked = []
-    monkeypatch.setattr("jaxengine.benchmark.kernels.run", lambda *given: asked.append(given[1]) or {"void": void})
+    monkeypatch.setattr("jaxengine.benchmark.kernels.run", lambda progress: {"void": void})
     monkeypatch.setattr("jaxengine.benchmark.kernels.table", lambda result: "the table")
     path = tmp_path / "kernels.json"
-    options = ["--decode-by-mosaic"] * bool(status)
-    result = CliRunner().invoke(cli.app, ["bench", "kernels", *options, "--output-json", str(path)])
-    assert asked == [bool(status)]
+    result = CliRunner().invoke(cli.app, ["bench", "kernels", "--output-json", str(path)])
     assert (result.exit_code, result.stdout, json.loads(path.read_text())) == (status, "the table\n", {"void": void})
 
 

@@ -16,7 +16,8 @@ import pallas_kernels as kernels
 from jaxengine.benchmark.device import matmul_rate, normal, read_rate, seconds
 from jaxengine.errors import UnsupportedError
 from pallas_kernels import paged_decode_mosaic as decode_mosaic
-from pallas_kernels import paged_extend_mosaic as mosaic
+from pallas_kernels import paged_extend_mosaic as extend_mosaic
+from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
 from pallas_kernels.paged_tile import on_mosaic_card
 
@@ -77,23 +78,18 @@ EXPERTS: dict[str, tuple[int, Experts]] = {
 }
 
 
-def run(on_case: Callable[[int, int], None] = lambda done, total: None, decode_by_mosaic: bool = False) -> Result:
+def run(on_case: Callable[[int, int], None] = lambda done, total: None) -> Result:
     """Every case: seconds and rates of this card, and for each op its time, share of the limit, error and ratios.
 
     `on_case(done, total)` reports progress. Raises UnsupportedError without a GPU: the kernels are made for one.
-    decode_by_mosaic: also decode's kernel for Hopper, which nothing uses yet; last, as it may fail.
     """
     if jax.default_backend() != "gpu":
         raise UnsupportedError(f"the kernels run on an NVIDIA GPU, jax found a {jax.default_backend()}")
-    if decode_by_mosaic and not on_mosaic_card():
-        raise UnsupportedError(f"decode by Mosaic is for Hopper, jax found a {jax.devices()[0].device_kind}")
     read, matmul = read_rate(), matmul_rate()
     cases: list[Callable[[], list[Result]]] = [partial(time_decode, name, *case) for name, case in DECODE.items()]
     cases += [partial(time_extend, tokens) for tokens in EXTEND]
     cases += [partial(time_write, tokens) for tokens in WRITE]
     cases += [partial(time_experts, name, *case) for name, case in EXPERTS.items()]
-    if decode_by_mosaic:
-        cases += [partial(time_decode, name, *case, by_mosaic=True) for name, case in DECODE.items()]
     results = []
     for done, case in enumerate(cases, 1):
         results += case()
@@ -157,33 +153,35 @@ def paged_inputs(lengths: Sequence[int], heads: Heads) -> tuple[jax.Array, jax.A
     return k_pages, v_pages, tables
 
 
-def time_decode(name: str, row_lengths: Sequence[int], heads: Heads, by_mosaic: bool = False) -> list[Result]:
-    """One new token a row; row r has row_lengths[r] keys."""
+def time_decode(name: str, row_lengths: Sequence[int], heads: Heads) -> list[Result]:
+    """One new token a row; row r has row_lengths[r] keys: Triton's kernel, Mosaic's on Hopper."""
     k_pages, v_pages, tables = paged_inputs(row_lengths, heads)
     lengths = jnp.asarray(row_lengths, jnp.int32)
     scale = heads.dim**-0.5
     q = normal(3, len(row_lengths), 1, heads.query, heads.dim)
-    decode = partial(kernels.paged_decode, scale=scale)
-    if by_mosaic:
-        name = f"{name} by Mosaic"
-        decode = partial(decode, tuning=decode_mosaic.TuningConfig.from_shapes(q, k_pages))
     # A few rows at a time: the reference gathers all keys of the longest row for each.
     parts = [slice(i, i + 8) for i in range(0, len(row_lengths), 8)]
     reference = partial(kernels.paged_decode_reference, scale=scale)
     expected = [reference(q[part], k_pages, v_pages, tables[0][part], lengths[part]) for part in parts]
-    difference = error(decode(q, k_pages, v_pages, tables[0], lengths), jnp.concatenate(expected))
-    tables = tables * max(1, OPS // len(tables))
+    repeated = tables * max(1, OPS // len(tables))
 
-    @jax.jit
-    def chain(q, k_pages, v_pages, tables, lengths):
+    @partial(jax.jit, static_argnames="tuning")
+    def chain(q, k_pages, v_pages, tables, lengths, tuning):
         for table in tables:
-            q = decode(q, k_pages, v_pages, table, lengths)
+            q = kernels.paged_decode(q, k_pages, v_pages, table, lengths, scale=scale, tuning=tuning)
         return q
 
-    time_s, spread = seconds(lambda: chain(q, k_pages, v_pages, tables, lengths), len(tables))
-    size = sum(row_lengths) * heads.kv * heads.dim * 4
-    return [{"op": name, "us": time_s * 1e6, "spread": spread, "bytes": size,
-             "bytes_per_s": size / time_s, "error": difference}]  # fmt: skip
+    tunings: dict[str, Any] = {name: DecodeTuning.from_shapes(q, k_pages)}
+    if on_mosaic_card():
+        tunings[f"{name} by Mosaic"] = decode_mosaic.TuningConfig.from_shapes(q, k_pages)
+    size, results = sum(row_lengths) * heads.kv * heads.dim * 4, []
+    for op, tuning in tunings.items():
+        call = partial(chain, q, k_pages, v_pages, lengths=lengths, tuning=tuning)
+        difference = error(call(tables=tables[:1]), jnp.concatenate(expected))
+        time_s, spread = seconds(partial(call, tables=repeated), len(repeated))
+        results.append({"op": op, "us": time_s * 1e6, "spread": spread, "bytes": size,
+                        "bytes_per_s": size / time_s, "error": difference})  # fmt: skip
+    return results
 
 
 def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
@@ -217,7 +215,7 @@ def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
         "cudnn": lambda tables: cudnn(q[None], dense[: len(tables)])[0],
     }
     if on_mosaic_card():
-        calls["extend by Mosaic"] = partial(extend, tuning=mosaic.TuningConfig.from_shapes(q, k_pages))
+        calls["extend by Mosaic"] = partial(extend, tuning=extend_mosaic.TuningConfig.from_shapes(q, k_pages))
     expected = calls["cudnn"](tables=tables[:1])
     flops = 2 * 2 * heads.query * heads.dim * tokens * (tokens + 1) / 2
     results = []

@@ -17,8 +17,10 @@ SMALL = Heads(4, 2, 16)
 @pytest.fixture
 def twins(monkeypatch):
     """The references instead of the kernels, which want a GPU; few and short samples; a small cache to exceed."""
-    for name in ("paged_decode", "kv_write", "grouped_matmul", "grouped_gated_matmul"):
+    for name in ("kv_write", "grouped_matmul", "grouped_gated_matmul"):
         monkeypatch.setattr(pallas_kernels, name, getattr(pallas_kernels, f"{name}_reference"))
+    decode = pallas_kernels.paged_decode_reference
+    monkeypatch.setattr(pallas_kernels, "paged_decode", lambda *args, tuning, **kw: decode(*args, **kw))
     monkeypatch.setattr(device, "PAUSE_S", 0)
     monkeypatch.setattr(device, "SAMPLE_S", 0)
     monkeypatch.setattr(kernels, "seconds", partial(device.seconds, samples=2))
@@ -54,6 +56,20 @@ def test_an_op_is_timed_and_compared(twins):
     assert decode["bytes_per_s"] * decode["us"] == pytest.approx(decode["bytes"] * 1e6)
     [write] = kernels.time_write(6, SMALL, pages=40)
     assert write["bytes"] == 6 * 2 * 16 * 2 * 4 and write["error"] == 0
+
+
+def test_on_hopper_decode_is_timed_by_both_kernels(twins, monkeypatch):
+    seen, decode = [], pallas_kernels.paged_decode
+    monkeypatch.setattr(kernels, "on_mosaic_card", lambda: True)
+    monkeypatch.setattr(
+        pallas_kernels, "paged_decode", lambda *args, tuning, **kw: seen.append(tuning) or decode(*args, tuning=0, **kw)
+    )
+    results = kernels.time_decode("decode", [40, 3], Heads(4, 2, 64))
+    assert [result["op"] for result in results] == ["decode", "decode by Mosaic"]
+    assert {type(tuning).__module__ for tuning in seen} == {
+        "pallas_kernels.paged_decode",
+        "pallas_kernels.paged_decode_mosaic",
+    }
 
 
 @pytest.mark.parametrize(("tokens", "bound"), [(1, "bytes"), (600, "flops")])
