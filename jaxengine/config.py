@@ -164,7 +164,7 @@ class EngineConfig:
     # Tokens that a call draws of each sequence when nobody waits to be admitted; what comes after a stop is dropped.
     steps_per_call: int | None = None  # None: 4 where submitting a step takes as long as the step, else 1
     priority_aging_steps: int = 256  # steps of waiting that outweigh one unit of priority
-    attention: str = "auto"  # auto | reference | xla | triton | mosaic
+    attention: str = "auto"  # auto | reference | xla | triton | mosaic (Hopper, without Triton)
     max_logprobs: int = 20  # largest SamplingParams.logprobs; -1 (whole vocabulary) is always possible
     logprobs_mode: str = "raw"  # raw: the model's distribution; processed: the one the token was drawn from
     # True: the engine's own copy, with one product for q, k, v and one for gate, up. False: the canonical arrays

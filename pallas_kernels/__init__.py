@@ -2,8 +2,8 @@
 `*_reference`.
 
 Pools are `[pages, kv_heads, page_size, head_dim]`, one for K and one for V; page 0 is the null page, for padding.
-The kernels compile for NVIDIA GPUs of compute capability 8.0 and above, or run anywhere with `interpret=True`;
-`paged_extend` has one more for Hopper.
+The kernels compile for NVIDIA GPUs of compute capability 8.0 and above, through Triton, or run anywhere with
+`interpret=True`; `paged_decode` and `paged_extend` have one each for Hopper in Mosaic GPU, which `tuning` names.
 """
 
 from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
