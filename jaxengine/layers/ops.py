@@ -71,9 +71,9 @@ def check(
         if not kernel.supports(jax.ShapeDtypeStruct(q, dtype), pool, pool, scale):
             raise ConfigError(
                 f"{asked} takes dtype and kv_cache_dtype bfloat16 or float16, both the same, heads of 64, 128 or 256, "
-                f"64 batched tokens at least and positive attention scales, not {dtype=} {kv_cache_dtype=} "
-                f"{model.num_heads=} {model.num_kv_heads=} {model.head_dim=} max_num_batched_tokens={tokens} "
-                f"{scale=}; use 'triton'"
+                "57 or fewer a KV head, 64 batched tokens at least and positive attention scales, not "
+                f"{dtype=} {kv_cache_dtype=} {model.num_heads=} {model.num_kv_heads=} {model.head_dim=} "
+                f"max_num_batched_tokens={tokens} {scale=}; use 'triton'"
             )
 
 
