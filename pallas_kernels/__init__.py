@@ -3,7 +3,8 @@
 
 Pools are `[pages, kv_heads, page_size, head_dim]`, one for K and one for V; page 0 is the null page, for padding.
 The kernels compile for NVIDIA GPUs of compute capability 8.0 and above, through Triton, or run anywhere with
-`interpret=True`; `paged_decode` and `paged_extend` have one each for Hopper in Mosaic GPU, which `tuning` names.
+`interpret=True`; `paged_decode` and `paged_extend` have one each for Hopper in Mosaic GPU, which `tuning` names, and
+`decode_layer` is for Hopper only.
 """
 
 from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
@@ -12,6 +13,7 @@ from pallas_kernels.all_reduce_rms_norm import (
     all_reduce_rms_norm_reference,
     workspace_words,
 )
+from pallas_kernels.decode_layer import LayerWeights, decode_layer, decode_layer_reference
 from pallas_kernels.gated_activation import gated_activation, gated_activation_reference
 from pallas_kernels.grouped_matmul import (
     grouped_gated_matmul,
@@ -25,10 +27,13 @@ from pallas_kernels.paged_extend import paged_extend, paged_extend_reference
 from pallas_kernels.rope_write import rope_write, rope_write_reference
 
 __all__ = [
+    "LayerWeights",
     "add_rms_norm",
     "add_rms_norm_reference",
     "all_reduce_rms_norm",
     "all_reduce_rms_norm_reference",
+    "decode_layer",
+    "decode_layer_reference",
     "gated_activation",
     "gated_activation_reference",
     "grouped_gated_matmul",

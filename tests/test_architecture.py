@@ -57,7 +57,7 @@ TABLE["cli"] = set(TABLE)
 
 # Packages that may import only these beside the standard library.
 THIRD_PARTY = {
-    "pallas_kernels": {"jax", "numpy"},
+    "pallas_kernels": {"jax", "jaxlib", "numpy"},
     "converters": {"numpy", "ml_dtypes", "safetensors", "gguf"},
 }
 # The host side: plain Python and NumPy.

@@ -64,6 +64,11 @@ class Projections(nnx.Module):
         for name in (fused,) if fused in params else names:
             setattr(self, name, Linear(params[name]))
 
+    @property
+    def fused(self) -> Linear | None:
+        """The product that is all of them; None where they are apart."""
+        return getattr(self, self.fused_name, None)
+
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """x [tokens, in] -> one [tokens, width] for each name."""
         if not hasattr(self, self.fused_name):

@@ -38,6 +38,26 @@ class Ops(NamedTuple):
     rope_write: Callable
 
 
+class WholeLayer(NamedTuple):
+    """A layer of a decode step as one kernel; see `pallas_kernels.decode_layer`."""
+
+    rows: int  # of its arrays
+    weights: Callable  # what it reads of a layer
+    supports: Callable
+    run: Callable
+
+
+@cache
+def whole_layer(implementation: Implementation) -> WholeLayer | None:
+    """For cards that have one, `supports` says which."""
+    if implementation != "triton":
+        return None
+    from pallas_kernels.decode_layer import ROWS, LayerWeights, decode_layer, supports
+
+    run = jax.jit(decode_layer, static_argnames=("eps", "scale"))  # traced once for layers that differ in their arrays
+    return WholeLayer(ROWS, LayerWeights, supports, jax.named_call(run, name="decode_layer"))
+
+
 @cache
 def ops(implementation: Implementation) -> Ops:
     """The operations of an implementation; the kernels' imports cost time that the CPU need not pay."""

@@ -20,7 +20,7 @@ from jaxengine.layers.embedding import Embedding
 from jaxengine.layers.linear import Linear, Projections, precision
 from jaxengine.layers.moe import MoE
 from jaxengine.layers.norm import RMSNorm
-from jaxengine.layers.ops import ops
+from jaxengine.layers.ops import WholeLayer, ops, whole_layer
 from jaxengine.layers.rope import rope_angles, rope_frequencies
 from jaxengine.sharding import Axis, ParamSpec, gather, share_ids
 
@@ -87,11 +87,14 @@ class Attention(nnx.Module):
         """x [tokens, hidden] -> the same shape (with peers a part of it), and the cache with these tokens in it."""
         qkv = self.qkv.joined(x).reshape(len(x), -1, self.head_dim)
         norms = (self.q_norm, self.k_norm) if self.q_norm is not None and self.k_norm is not None else None
-        angles = rope_angles(inputs.step.positions, jnp.asarray(self.inv_freq, jnp.float32), self.rope_factor)
-        q, cache = rotate_and_write(qkv, *angles, norms, inputs, cache)
+        q, cache = rotate_and_write(qkv, *self.angles(inputs.step), norms, inputs, cache)
         y = attend(q, inputs, cache, scale=self.scale, window=self.window)
         with jax.named_scope("o_proj"):
             return self.o_proj(y.reshape(len(x), -1), inputs.step.peers is not None), cache
+
+    def angles(self, step: AttentionInputs) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine by which a step's q and k are rotated, float32 [tokens, pairs]."""
+        return rope_angles(step.positions, jnp.asarray(self.inv_freq, jnp.float32), self.rope_factor)
 
 
 class MLP(nnx.Module):
@@ -142,6 +145,19 @@ class Layer(nnx.Module):
         total, y = Residual(total, y).normed(self.post_attention_layernorm, inputs.step)
         return Residual(total, self.mlp(y, inputs)), cache
 
+    def weights(self, kernel: WholeLayer, following: "Layer") -> Any:
+        """What `kernel` reads of this layer and the next; None for options that it does not have."""
+        own, mlp = self.self_attn, self.mlp
+        if own.window is not None or not isinstance(mlp, MLP) or mlp.activation != "silu":
+            return None
+        products = own.o_proj, mlp.gate_up.fused, mlp.down_proj, following.self_attn.qkv.fused
+        if any(product is None or product.kernel is None or product.bias is not None for product in products):
+            return None
+        o, gate_up, down, qkv = (product.kernel[...] for product in products if product and product.kernel)
+        scales = (norm.scale[...] for norm in (own.q_norm, own.k_norm) if norm is not None)
+        norms = self.post_attention_layernorm.scale[...], following.input_layernorm.scale[...]
+        return kernel.weights(o, norms[0], gate_up, down, norms[1], qkv, *scales)
+
 
 @partial(jax.jit, static_argnums=0)
 def run_layer(
@@ -174,6 +190,8 @@ class Model(nnx.Module):
 
     def run_layers(self, x: jax.Array, inputs: AttentionInputs, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """x [T, hidden] -> the same shape, and the cache with these tokens in it."""
+        if (kernel := whole_layer(inputs.implementation)) and (found := self._run_whole(kernel, x, inputs, cache)):
+            return found
         nothing = jnp.zeros_like(x)
         layers, residual = [], Residual(x, nothing) if inputs.peers is None else Residual(nothing, x)
         for i, layer in enumerate(self.layers):
@@ -182,6 +200,37 @@ class Model(nnx.Module):
         # With peers the next norm is not wanted here, but the sum that comes with it.
         total = residual.x + residual.y if inputs.peers is None else residual.normed(self.norm, inputs)[0]
         return total, KVCache(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers))
+
+    def _run_whole(
+        self, kernel: WholeLayer, x: jax.Array, inputs: AttentionInputs, cache: KVCache
+    ) -> tuple[jax.Array, KVCache] | None:
+        """`run_layers` with one kernel for each layer; None where it does not take the step or one of the layers."""
+        rows, alone = len(x), self.axis is None and len(inputs.page) == 1
+        if inputs.block_row is not None or rows > kernel.rows or not alone:
+            return None
+        # The last one's next q, k and v are nobody's, and the kernel the same.
+        each = [layer.weights(kernel, self.layers[(i + 1) % len(self.layers)]) for i, layer in enumerate(self.layers)]
+        if any(weights is None for weights in each):
+            return None
+        first = self.layers[0].self_attn
+        qkv = first.qkv.joined(self.layers[0].input_layernorm(x)).reshape(rows, -1, first.head_dim)
+        cos, sin = first.angles(inputs)
+        options = [{"eps": self.norm.eps, "scale": layer.self_attn.scale} for layer in self.layers]
+
+        def padded(array: jax.Array) -> jax.Array:
+            return jnp.pad(array, [(0, kernel.rows - rows), *[(0, 0)] * (array.ndim - 1)])
+
+        qkv, stream = padded(qkv), padded(x.astype(jnp.float32))
+        if 2 * cos.shape[1] != first.head_dim or not all(
+            kernel.supports(qkv, stream, pool, weights, **how) for pool, weights, how in zip(cache.k, each, options)
+        ):
+            return None
+        step = [padded(a) for a in (inputs.tables[0], inputs.lengths, inputs.page[0], inputs.offset, cos, sin)]
+        counters, pools = None, []
+        for i, (weights, how) in enumerate(zip(each, options)):
+            qkv, stream, *pool, counters = kernel.run(qkv, stream, *cache.layer(i), weights, *step, counters, **how)
+            pools.append(pool)
+        return stream[:rows].astype(x.dtype), KVCache(*map(tuple, zip(*pools)))
 
     @jax.named_scope("head")
     def head(self, x: jax.Array, share: bool = False) -> jax.Array:

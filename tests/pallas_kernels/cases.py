@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import LayerWeights
 
 
 def pairwise(options: dict[str, Sequence], seed: int = 0) -> list[dict]:
@@ -220,3 +223,34 @@ def relative_error(out, expected) -> float:
     if not (np.isfinite(out).all() and np.isfinite(expected).all()):
         return math.inf
     return float(np.linalg.norm(out - expected) / max(np.linalg.norm(expected), 1e-30))
+
+
+def decode_layer_inputs(
+    *, hidden, heads, kv_heads, dim, inner, lengths, normed=False, page_size=16, dtype="bfloat16", seed=0
+):
+    """Arguments of `decode_layer` up to its counters: rows of these lengths, the rest of its rows without a token."""
+    rows, keys = 8, iter(jax.random.split(jax.random.key(seed), 16))
+
+    def random(*shape, scale=1.0, dtype=dtype):
+        return (scale * jax.random.normal(next(keys), shape)).astype(dtype)
+
+    def gain(size):
+        return 1 + random(size, scale=0.1)
+
+    q, kv = heads * dim, kv_heads * dim
+    shapes = (q, hidden), (hidden, 2 * inner), (inner, hidden), (hidden, q + 2 * kv)
+    o, gate_up, down, next_qkv = (random(*shape, scale=shape[0] ** -0.5) for shape in shapes)
+    weights = LayerWeights(o, gain(hidden), gate_up, down, gain(hidden), next_qkv)
+    if normed:
+        weights = weights._replace(q_scale=gain(dim), k_scale=gain(dim))
+    columns = -(-max(lengths) // page_size)
+    table = 1 + np.random.default_rng(seed).permutation(rows * columns).reshape(rows, columns).astype(np.int32)
+    length = np.zeros(rows, np.int32)
+    length[: len(lengths)] = lengths
+    last = np.maximum(length - 1, 0)
+    page = np.where(length > 0, table[np.arange(rows), last // page_size], 0)
+    pools = [random(1 + rows * columns, kv_heads, page_size, dim) for _ in range(2)]
+    angles = 6 * jax.random.uniform(next(keys), (rows, dim // 2))
+    arrays = map(jnp.asarray, (table, length, page, last % page_size))
+    return (random(rows, heads + 2 * kv_heads, dim), random(rows, hidden, dtype="float32"), *pools, weights, *arrays,
+            jnp.cos(angles), jnp.sin(angles))  # fmt: skip

@@ -1,6 +1,6 @@
-"""What the persistent layer kernel needs and Pallas has no words for: counters between programs, transposed loads.
+"""What `decode_layer` needs and Pallas has no words for: counters between programs, transposed loads.
 
-Prototype, see `persistent_layer`. A warpgroup calls each of these as a whole. "Plain order" is row by row.
+A warpgroup calls each of these as a whole. "Plain order" is row by row.
 """
 
 from collections.abc import Iterator
@@ -37,6 +37,21 @@ def _counter(ref: Any) -> Any:
     return mgpu.utils.SemaphoreRef(mgpu.utils.memref_ptr(ref))
 
 
+def name_alike(ref: Any) -> None:
+    """jax 0.11 gives a kernel of each program a name of its own for dumps, with which it is compiled again; 0.12 does
+    not look at it. Any ref of the kernel.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(REF,))
+    def f(_, __):
+        operation: Any = ir.InsertionPoint.current.block.owner
+        while operation.name != "builtin.module":
+            operation = operation.parent
+        operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get("kernel")
+
+    f(ref)
+
+
 def signal(counter: Any) -> None:
     """One more, once other programs can see what this warpgroup wrote before."""
 
@@ -56,19 +71,6 @@ def wait(counter: Any, value: jax.Array, take: bool = False) -> None:
         _counter(ref).wait(value.registers.item(), decrement=take, memory_scope="gpu")
 
     f(counter, value)
-
-
-def stamp(ref: Any) -> None:
-    """int32 []: the time in ns, its lower half."""
-
-    @plgpu.inline_mgpu(arg_types=(REF,))
-    def f(_, ref):
-        mgpu.utils.warpgroup_barrier()
-        now = mgpu.utils.globaltimer("low")
-        with mgpu.utils.single_thread(scope=mgpu.utils.ThreadSubset.WARPGROUP):
-            memref.store(now, ref, [])
-
-    f(ref)
 
 
 def store(ref: Any, value: jax.Array, layout: Any = WGMMA) -> None:

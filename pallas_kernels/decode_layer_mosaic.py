@@ -1,4 +1,4 @@
-"""The layer of a decode step in one kernel: what runs on the device of `persistent_layer`, and its twin.
+"""The kernel of `decode_layer`, in Mosaic GPU.
 
 Every multiprocessor has one program, of three warpgroups. Warpgroup 1 streams weights by TMA, as fast as stages become
 free; it never waits for another program, as weights do not depend on activations. Warpgroup 2 streams keys and
@@ -11,6 +11,7 @@ what those that have the others wrote, so results do not depend on who is first.
 weight are the rows of a wgmma, tokens its 8 columns. The norm's scale is a factor of the product's result.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,38 +20,53 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from benchmarks.persistent_layer.mosaic_parts import (
+from pallas_kernels.decode_layer_plan import DOWN, GATE_UP, KEYS, OUT, PRODUCTS, QKV, ROWS, Plan
+from pallas_kernels.mosaic_parts import (
     SWIZZLE,
     WGMMA,
     load_heads,
     load_if,
     load_rows,
     load_transposed,
+    name_alike,
     signal,
-    stamp,
     store,
     store_heads,
     store_rows,
     store_transposed,
     wait,
 )
-from benchmarks.persistent_layer.plan import (
-    DOWN,
-    GATE_UP,
-    KEYS,
-    OUT,
-    PRODUCTS,
-    QKV,
-    ROWS,
-    STAMPS,
-    Inputs,
-    Outputs,
-    Plan,
-    State,
-)
+from pallas_kernels.mosaic_tile import clear_beyond
+from pallas_kernels.paged_tile import HIDDEN, LOG2E
 
-HIDDEN, LOG2E = -1e30, 1.4426950408889634
+TOGETHER = 3  # parts of a row's keys that are asked for at a time
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 56
+
+
+class Inputs(NamedTuple):
+    """Refs in global memory."""
+
+    weights: Any  # of each product: bfloat16 [in, out]
+    qkv: Any  # bfloat16 [ROWS, (heads + 2 kv_heads) * dim]
+    stream: Any  # float32 [ROWS, hidden]
+    gains: Any  # [hidden] of the norms after o and after down
+    head_gains: Any  # [dim] of q and of k, or none
+    table: Any  # int32 [ROWS, pages]
+    lengths: Any  # int32 [ROWS], this token included
+    page: Any  # int32 [ROWS], 0: nowhere
+    offset: Any  # int32 [ROWS]
+    cut: Any  # int32 [2]: rows, parts of a row's keys
+    factors: Any  # float32 [2, ROWS, dim]: of a head, and of it with its halves exchanged, which rotate it together
+
+
+class Outputs(NamedTuple):
+    attended: Any  # bfloat16 [ROWS, heads * dim]
+    products: Any  # bfloat16: of gate and up it is silu(gate) * up, of o and down hidden * gain
+    hidden: Any  # float32 [ROWS, hidden] after o and after down
+    squares: Any  # float32 [tiles, rounded up to 64, ROWS] of these two
+    tile_sums: Any  # float32 [4, programs, columns, ROWS]
+    item_sums: Any  # float32 [items * group * dim]
+    item_scores: Any  # float32 [items, 2, 64]: largest score and sum of weights of each head
 
 
 class Scratch(NamedTuple):
@@ -76,23 +92,25 @@ class Span(NamedTuple):
 class Context(NamedTuple):
     plan: Plan
     inputs: Inputs
-    state: State
+    k_pages: Any  # [pages * kv_heads, page_size, dim]
+    v_pages: Any
+    # Each product's, what it waits for: attention's heads, o's, gate and up's, down's tiles that are written; they only
+    # grow. Then rows' and heads', then tiles' parts that are written: zeros again at the end.
+    counters: Any
     out: Outputs
     scratch: Scratch
     program: jax.Array
     spans: list[Span]
-
-    def mark(self, name: str) -> None:
-        if self.plan.stamped:
-            stamp(self.out.stamps.at[self.program, STAMPS.index(name)])
+    rows: jax.Array
+    parts: jax.Array
 
 
 def _div(a, b) -> jax.Array:
-    return jax.lax.div(a, jnp.int32(b))
+    return jax.lax.div(a, b if isinstance(b, jax.Array) else jnp.int32(b))
 
 
 def _rem(a, b) -> jax.Array:
-    return jax.lax.rem(a, jnp.int32(b))
+    return jax.lax.rem(a, b if isinstance(b, jax.Array) else jnp.int32(b))
 
 
 def _by_row(v: jax.Array, like: jax.Array) -> jax.Array:
@@ -104,7 +122,8 @@ def _by_column(v: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _kernel(plan: Plan, structure: Any, *refs) -> None:
-    inputs, state, out, scratch = jax.tree.unflatten(structure, refs)
+    name_alike(refs[0])
+    inputs, k_pages, v_pages, counters, out, scratch = jax.tree.unflatten(structure, refs)
     program, warpgroup = jax.lax.axis_index("program"), jax.lax.axis_index("warpgroup")
     spans, before = [], jnp.int32(0)
     for p in PRODUCTS:
@@ -112,7 +131,8 @@ def _kernel(plan: Plan, structure: Any, *refs) -> None:
         start, end = (_div((program + i) * units, plan.programs) for i in (0, 1))
         spans.append(Span(start, end - start, before))
         before += end - start
-    c = Context(plan, inputs, state, out, scratch, program, spans)
+    cut = inputs.cut[0], inputs.cut[1]
+    c = Context(plan, inputs, k_pages, v_pages, counters, out, scratch, program, spans, *cut)
     for i, work in enumerate((_compute, _stream_weights, _stream_inputs)):
         pl.when(warpgroup == i)(partial(work, c))
 
@@ -127,9 +147,8 @@ def _stream_weights(c: Context) -> None:
             n, unit = before + i, start + i
             stage = _rem(n, plan.stages)
             pl.when(n >= plan.stages)(lambda: plgpu.barrier_wait(smem.empty.at[stage]))
-            if plan.flight:
-                late = _rem(n - plan.flight, plan.stages)
-                pl.when(n >= plan.flight)(lambda: plgpu.barrier_wait(smem.weights_full.at[late]))
+            late = _rem(n - plan.flight, plan.stages)
+            pl.when(n >= plan.flight)(lambda: plgpu.barrier_wait(smem.weights_full.at[late]))
             rows = pl.ds(_rem(unit, plan.blocks(p)) * plan.depth, plan.depth)
             first = _div(unit, plan.blocks(p)) * plan.width(p)
             for j in range(plan.columns // 64):
@@ -139,12 +158,12 @@ def _stream_weights(c: Context) -> None:
 
 
 def _stream_inputs(c: Context) -> None:
-    plan, smem, done = c.plan, c.scratch, c.state.done
+    plan, smem, done = c.plan, c.scratch, c.counters
     plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
     # Layers before this one. Nobody adds to that counter before all have read it, as all have a part in gate and up.
     layers = _div(done[DOWN + 1], plan.tiles(DOWN))
     _for_items(c, partial(_copy_keys, c))
-    wait(done.at[0], (layers + 1) * (plan.rows * plan.kv_heads))
+    wait(done.at[0], (layers + 1) * (c.rows * plan.kv_heads))
     for p, (start, count, before) in enumerate(c.spans):
         if p:
             wait(done.at[p], (layers + 1) * plan.tiles(p - 1))
@@ -178,19 +197,19 @@ class Item(NamedTuple):
 
 
 def _for_items(c: Context, function) -> None:
-    plan = c.plan
+    plan, items = c.plan, c.rows * (c.plan.kv_heads * c.parts)
 
     def body(i, before):
         number = i * plan.programs + c.program
-        real, part = number < plan.items, _rem(number, plan.parts)
-        row = jnp.where(real, _div(number, plan.kv_heads * plan.parts), 0)
-        head = _rem(_div(number, plan.parts), plan.kv_heads)
+        real, part = number < items, _rem(number, c.parts)
+        row = jnp.where(real, _div(number, plan.kv_heads * c.parts), 0)
+        head = _rem(_div(number, c.parts), plan.kv_heads)
         tiles = jnp.where(real, _div(c.inputs.lengths[row] - 1 + KEYS - 1, KEYS), 0)
-        start, end = _div(part * tiles, plan.parts), _div((part + 1) * tiles, plan.parts)
+        start, end = _div(part * tiles, c.parts), _div((part + 1) * tiles, c.parts)
         pl.when(real)(lambda: function(Item(number, row, head, part, start, end, before)))
         return before + end - start
 
-    jax.lax.fori_loop(0, pl.cdiv(plan.items, plan.programs), body, jnp.int32(0))
+    jax.lax.fori_loop(jnp.int32(0), _div(items + (plan.programs - 1), plan.programs), body, jnp.int32(0))
 
 
 def _copy_keys(c: Context, item: Item) -> None:
@@ -205,23 +224,19 @@ def _copy_keys(c: Context, item: Item) -> None:
             column = tile * (KEYS // plan.page_size) + j
             inside = column * plan.page_size < inputs.lengths[item.row] - 1
             page = inputs.table[item.row, jnp.where(inside, column, 0)] * plan.kv_heads + item.head
-            page = jnp.where(inside, page, inputs.k_pages.shape[0])  # a copy from beyond the pool gives zeros
+            page = jnp.where(inside, page, c.k_pages.shape[0])  # a copy from beyond the pool gives zeros
             rows = pl.ds(j * plan.page_size, plan.page_size)
-            for pool, target in ((inputs.k_pages, smem.keys), (inputs.v_pages, smem.values)):
+            for pool, target in ((c.k_pages, smem.keys), (c.v_pages, smem.values)):
                 plgpu.copy_gmem_to_smem(pool.at[page], target.at[stage, rows], smem.kv_full.at[stage])
 
 
 def _compute(c: Context) -> None:
     plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-    c.mark("start")
     _for_items(c, partial(_attend, c))
-    c.mark("attended")
-    for p, name in enumerate(("o", "gate_up", "down", "qkv")):
-        c.mark(f"begin.{name}")
-        _multiply(c, p, name)
+    for p in PRODUCTS:
+        _multiply(c, p)
         if p == OUT:  # nobody reads it in this step, so now, when there is time
             _for_items(c, partial(_write_key, c))
-    c.mark("end")
 
 
 def _rotated(c: Context, first: jax.Array, count: int, row: jax.Array, gain: Any) -> jax.Array:
@@ -229,11 +244,11 @@ def _rotated(c: Context, first: jax.Array, count: int, row: jax.Array, gain: Any
     dim, qkv = c.plan.dim, c.inputs.qkv.at[row]
     x, turned = (load_heads(qkv, first * dim, count, dim, turned=t).astype(jnp.float32) for t in (False, True))
     load = partial(plgpu.load, layout=WGMMA.reduce(0), optimized=False)
-    same, other = load(c.inputs.angles.at[0, row]), load(c.inputs.angles.at[1, row])
+    same, other = load(c.inputs.factors.at[0, row]), load(c.inputs.factors.at[1, row])
     if c.plan.normed:
         scale = jax.lax.rsqrt((x * x).sum(axis=1) * (1 / dim) + c.plan.eps)
-        x, turned = x * _by_row(scale, x), turned * _by_row(scale, x)
-        same, other = same * load(gain.at[0]), other * load(gain.at[1])
+        gains = (load_heads(gain, jnp.int32(0), 1, dim, turned=t).astype(jnp.float32) for t in (False, True))
+        x, turned = (value * _by_row(scale, x) * factor for value, factor in zip((x, turned), gains))
     return (x * _by_column(same, x) + turned * _by_column(other, x)).astype(c.inputs.qkv.dtype)
 
 
@@ -246,24 +261,22 @@ def _new_key(c: Context, item: Item) -> tuple[jax.Array, jax.Array]:
 
 
 def _write_key(c: Context, item: Item) -> None:
-    plan, inputs = c.plan, c.inputs
+    page, offset = c.inputs.page[item.row], c.inputs.offset[item.row]
 
-    @pl.when(item.part == plan.parts - 1)
+    @pl.when((item.part == c.parts - 1) & (page > 0))
     def _():
-        at = inputs.lengths[item.row] - 1
-        page = inputs.table[item.row, _div(at, plan.page_size)] * plan.kv_heads + item.head
-        for pool, value in zip((inputs.k_pages, inputs.v_pages), _new_key(c, item)):
-            store_heads(pool.at[page, _rem(at, plan.page_size)], jnp.int32(0), value, 1)
+        for pool, value in zip((c.k_pages, c.v_pages), _new_key(c, item)):
+            store_heads(pool.at[page * c.plan.kv_heads + item.head, offset], jnp.int32(0), value, 1)
 
 
 def _attend(c: Context, item: Item) -> None:
     """Online softmax (Milakov, Gimelshein 2018); the heads of a group are the rows. The last part has the new key."""
     plan, smem, out = c.plan, c.scratch, c.out
     group, dim, dtype = plan.group, plan.dim, c.inputs.qkv.dtype
-    factor, old = LOG2E / dim**0.5, c.inputs.lengths[item.row] - 1
+    factor, old = LOG2E * plan.scale, c.inputs.lengths[item.row] - 1
     q = _rotated(c, item.head * group, group, item.row, c.inputs.head_gains[0] if plan.normed else None)
     k, v = _new_key(c, item)
-    last = item.part == plan.parts - 1
+    last = item.part == c.parts - 1
     one = last.astype(jnp.float32)
     score = (q.astype(jnp.float32) * k.astype(jnp.float32)).sum(axis=1) * factor
     carry = v.astype(jnp.float32) * one, score * one + HIDDEN * (1 - one), score * 0.0 + one
@@ -272,7 +285,7 @@ def _attend(c: Context, item: Item) -> None:
         result, top, total = carry
         stage, left = _rem(item.before + tile - item.start, plan.kv_stages), old - tile * KEYS
         plgpu.barrier_wait(smem.kv_full.at[stage])
-        _clear_beyond(smem.values.at[stage], left)
+        clear_beyond(smem.values.at[stage], left, True)
 
         def multiply_keys(accumulator):
             plgpu.wgmma(accumulator, q, smem.keys.at[stage].transpose((1, 0)))
@@ -293,7 +306,7 @@ def _attend(c: Context, item: Item) -> None:
         return result, new_top, total
 
     result, top, total = jax.lax.fori_loop(item.start, item.end, body, carry)
-    parts = c.state.item_parts.at[item.row * plan.kv_heads + item.head]
+    parts = c.counters.at[len(PRODUCTS) + item.row * plan.kv_heads + item.head]
 
     @pl.when(jnp.logical_not(last))
     def _():
@@ -304,37 +317,32 @@ def _attend(c: Context, item: Item) -> None:
 
     @pl.when(last)
     def _():
-        summed, highest, weights = result, top, total
-        if plan.parts > 1:
-            wait(parts, jnp.int32(plan.parts - 1), take=True)
-            load = partial(plgpu.load, layout=WGMMA.reduce(1), optimized=False)
-            for i in range(plan.parts - 1):
-                number = item.number - item.part + i
+        wait(parts, c.parts - 1, take=True)
+        load = partial(plgpu.load, layout=WGMMA.reduce(1), optimized=False)
+
+        def add(i, carry):
+            summed, highest, weights = carry
+            for j in range(TOGETHER):
+                other = i * TOGETHER + j
+                number = item.number - item.part + jnp.minimum(other, c.parts - 2)
+                none = (other >= c.parts - 1).astype(jnp.float32)
                 more = load_heads(out.item_sums, number * group * dim, group, dim)
-                its_top, its_total = (load(out.item_scores.at[number, j]) for j in (0, 1))
+                its_top, its_total = (load(out.item_scores.at[number, k]) for k in (0, 1))
+                its_top = its_top * (1 - none) + HIDDEN * none
                 new = jnp.maximum(highest, its_top)
                 mine, its = jnp.exp2(highest - new), jnp.exp2(its_top - new)
                 summed = summed * _by_row(mine, summed) + more * _by_row(its, more)
                 highest, weights = new, weights * mine + its_total * its
+            return summed, highest, weights
+
+        groups = _div(c.parts - 1 + TOGETHER - 1, TOGETHER)
+        summed, _, weights = jax.lax.fori_loop(jnp.int32(0), groups, add, (result, top, total))
         summed = (summed * _by_row(1 / weights, summed)).astype(dtype)
         store_heads(out.attended.at[item.row], item.head * group * dim, summed, group)
-        signal(c.state.done.at[0])
+        signal(c.counters.at[0])
 
 
-def _clear_beyond(values: Any, count: jax.Array) -> None:
-    """Zeros in the rows of values [KEYS, dim] from `count` on: what lies there may be anything, NaN too."""
-    layout = plgpu.Layout.SMEM_GMEM_COPY((KEYS, 64), values.dtype, swizzle=128)
-
-    @pl.when(count < KEYS)
-    def _():
-        inside = plgpu.broadcasted_iota(jnp.int32, (KEYS, 64), 0, layout=layout) < count
-        for column in range(0, values.shape[1], 64):
-            part = values.at[:, pl.ds(column, 64)]
-            part[...] = jnp.where(inside, plgpu.load(part, layout=layout), jnp.zeros((), values.dtype))
-        plgpu.commit_smem()
-
-
-def _multiply(c: Context, p: int, name: str) -> None:
+def _multiply(c: Context, p: int) -> None:
     plan, smem, (start, count, before), out = c.plan, c.scratch, c.spans[p], c.out
     blocks, end = plan.blocks(p), start + count
     norm = {OUT: 0, DOWN: 1}.get(p)  # which of the norms follows
@@ -344,16 +352,14 @@ def _multiply(c: Context, p: int, name: str) -> None:
         first, last = jnp.maximum(start, tile * blocks), jnp.minimum(end, (tile + 1) * blocks)
         columns = pl.ds(tile * plan.width(p), plan.width(p))
         if norm is not None:  # asked for now, needed after the product
-            earlier = load_transposed((out.hidden[0] if norm else c.inputs.hidden).at[:, columns])
+            earlier = load_transposed((out.hidden[0] if norm else c.inputs.stream).at[:, columns])
             gain = plgpu.load(c.inputs.gains[norm].at[columns], layout=WGMMA.reduce(1), optimized=False)
 
         def product(accumulator):
             def step(unit):
-                stage, is_first = _rem(before + unit - start, plan.stages), unit == start
+                stage = _rem(before + unit - start, plan.stages)
                 plgpu.barrier_wait(smem.weights_full.at[stage])
-                pl.when(is_first)(lambda: c.mark(f"weights.{name}"))
                 plgpu.barrier_wait(smem.inputs_full.at[stage])
-                pl.when(is_first)(lambda: c.mark(f"input.{name}"))
                 for j in range(plan.columns // 64):
                     weight, x = smem.weights.at[stage, j].transpose((1, 0)), smem.inputs.at[stage].transpose((1, 0))
                     plgpu.wgmma(accumulator.at[64 * j : 64 * j + 64], weight, x)
@@ -366,8 +372,7 @@ def _multiply(c: Context, p: int, name: str) -> None:
             return accumulator[...], *found
 
         total, *scale = pl.run_scoped(product, plgpu.ACC((plan.columns, ROWS), jnp.float32))
-        c.mark(f"product.{name}")  # that of the last tile stays
-        parts = c.state.tile_parts.at[sum(map(plan.tiles, range(p))) + tile]
+        parts = c.counters.at[plan.first_counter(p) + tile]
         owned = first == tile * blocks
 
         @pl.when(jnp.logical_not(owned))
@@ -386,8 +391,8 @@ def _multiply(c: Context, p: int, name: str) -> None:
             if norm is not None:
                 value += earlier
                 store_transposed(out.hidden[norm].at[:, columns], value)
-                store(c.state.squares[norm].at[tile], (value * value).sum(axis=0), WGMMA.reduce(0))
-                value *= _by_row(gain, value)
+                store(out.squares[norm].at[tile], (value * value).sum(axis=0), WGMMA.reduce(0))
+                value *= _by_row(gain.astype(jnp.float32), value)
             else:
                 value *= _by_column(scale[0], value)
             if p == GATE_UP:
@@ -395,35 +400,31 @@ def _multiply(c: Context, p: int, name: str) -> None:
                 value = gate / (1 + jnp.exp(-gate)) * up
             store_transposed(out.products[p].at[:, columns], value.astype(c.inputs.qkv.dtype))
             if p != QKV:
-                signal(c.state.done.at[p + 1])
+                signal(c.counters.at[p + 1])
 
 
 def _norm_scale(c: Context, norm: int) -> jax.Array:
     """float32 [ROWS]: one over the root mean square."""
-    squares = plgpu.load(c.state.squares[norm], layout=WGMMA, optimized=False)
+    squares = plgpu.load(c.out.squares[norm], layout=WGMMA, optimized=False)
+    written = plgpu.broadcasted_iota(jnp.int32, squares.shape, 0, layout=WGMMA) < c.plan.tiles(OUT)
+    squares = jnp.where(written, squares, 0.0)
     return jax.lax.rsqrt(squares.sum(axis=0) * (1 / c.plan.hidden) + c.plan.eps)
 
 
-def new_state(plan: Plan) -> State:
-    tiles, zeros = sum(map(plan.tiles, PRODUCTS)), partial(jnp.zeros, dtype=jnp.int32)
-    squares = jnp.zeros((-(-plan.tiles(OUT) // 64) * 64, ROWS), jnp.float32)
-    counters = zeros(len(PRODUCTS)), zeros(tiles), zeros(ROWS * plan.kv_heads)
-    return jax.tree.map(jax.new_ref, State(*counters, (squares, squares + 0)))
-
-
-def layer(plan: Plan, inputs: Inputs, state: State) -> Outputs:
-    """Attention of one token of each row to its pages, into which its k and v go (`inputs` has refs there), then o,
-    norm, gate and up, down, norm, and the next layer's q, k and v: from its own to the next's. For Hopper."""
+def layer(
+    plan: Plan, inputs: Inputs, pools: Sequence[jax.Array], counters: jax.Array
+) -> tuple[Outputs, jax.Array, jax.Array, jax.Array]:
+    """`decode_layer` of a plan: what it computed, and pools and counters."""
     struct, f32, dtype = jax.ShapeDtypeStruct, jnp.float32, inputs.qkv.dtype
     smem = partial(plgpu.SMEM, dtype=dtype, transforms=SWIZZLE)
     outputs = Outputs(
         struct((ROWS, plan.shapes[OUT][0]), dtype),
         tuple(struct((ROWS, plan.tiles(p) * plan.width(p)), dtype) for p in PRODUCTS),
         (struct((ROWS, plan.hidden), f32),) * 2,
+        (struct((pl.cdiv(plan.tiles(OUT), 64) * 64, ROWS), f32),) * 2,
         struct((len(PRODUCTS), plan.programs, plan.columns, ROWS), f32),
-        struct((plan.items * plan.group * plan.dim,), f32),
-        struct((plan.items, 2, 64), f32),
-        struct((plan.programs, len(STAMPS)), jnp.int32) if plan.stamped else None,
+        struct((plan.most_items * plan.group * plan.dim,), f32),
+        struct((plan.most_items, 2, 64), f32),
     )
     pages = KEYS // plan.page_size
     scratch = Scratch(
@@ -437,8 +438,9 @@ def layer(plan: Plan, inputs: Inputs, state: State) -> Outputs:
         plgpu.Barrier(num_arrivals=2 * pages, num_barriers=plan.kv_stages),
         plgpu.Barrier(num_barriers=plan.kv_stages),
     )
+    written = [jax.new_ref(array) for array in (*pools, counters)]
     found = plgpu.kernel(
-        partial(_kernel, plan, jax.tree.structure((inputs, state, outputs, scratch))),
+        partial(_kernel, plan, jax.tree.structure((inputs, *written, outputs, scratch))),
         out_type=jax.tree.leaves(outputs),
         scratch_types=list(scratch),
         grid=(plan.programs,),
@@ -446,6 +448,6 @@ def layer(plan: Plan, inputs: Inputs, state: State) -> Outputs:
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=4096),
-        kernel_name="persistent_layer",
-    )(*jax.tree.leaves((inputs, state)))
-    return jax.tree.unflatten(jax.tree.structure(outputs), found)
+        kernel_name="decode_layer",
+    )(*jax.tree.leaves(inputs), *written)
+    return jax.tree.unflatten(jax.tree.structure(outputs), found), *(ref[...] for ref in written)
