@@ -6,13 +6,14 @@ from functools import partial
 
 import jax
 
-MOVES = re.compile(r"= (.*?) (?:copy|copy-start|transpose)\(")  # the shape of what is copied, or a tuple with it
+# The shape of what is copied, or a tuple with it. Only from a line's start: those of kernels in Mosaic are a megabyte.
+MOVES = re.compile(r"(?:ROOT )?\S+ = (.*?) (?:copy|copy-start|transpose)\(")
 
 
 def pool_copies(program, cache):
     """The lines of the optimized HLO, inside fusions too, that copy as many values as some layer's K or V has."""
     sizes = {pool.size for pool in jax.tree.leaves(cache)}
-    lines = [(line.strip(), MOVES.search(line)) for line in program.as_text().splitlines()]
+    lines = [(line, MOVES.match(line)) for line in map(str.strip, program.as_text().splitlines())]
     return [
         line
         for line, found in lines
