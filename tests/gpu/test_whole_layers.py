@@ -31,9 +31,9 @@ TOKENS = 24
 PROMPTS = [[(7 * i + 3 * j) % 2000 for j in range(length)] for i, length in enumerate((5, 40, 130, 200, 7, 60))]
 
 
-def two_layers(layer, qkv, stream, k_pages, v_pages, *rest):
-    layer = partial(layer, eps=1e-5, scale=0.1)
-    first, after, k_pages, v_pages, counters = layer(qkv, stream, k_pages, v_pages, *rest, None)
+def two_layers(layer, qkv, stream, k_pages, v_pages, *others):
+    layer, (*rest, counters) = partial(layer, eps=1e-5, scale=0.1), others
+    first, after, k_pages, v_pages, counters = layer(qkv, stream, k_pages, v_pages, *rest, counters)
     second, last, k_pages, v_pages, _ = layer(first, after, k_pages, v_pages, *rest, counters)
     return (first, after, second, last), (k_pages, v_pages)
 
@@ -42,7 +42,7 @@ def two_layers(layer, qkv, stream, k_pages, v_pages, *rest):
 def test_the_kernel_gives_what_its_twin_gives(shape):
     run = [jax.jit(partial(two_layers, f)) for f in (kernels.decode_layer, kernels.decode_layer_reference)]
     for seed, lengths in enumerate(LENGTHS):
-        args = decode_layer_inputs(**shape, lengths=(*lengths, *[0] * (8 - len(lengths))), seed=seed)
+        args = decode_layer_inputs(**shape, lengths=lengths, longest=3000, seed=seed)
         (found, pools), (again, _), (want, want_pools) = (f(*args) for f in (run[0], run[0], run[1]))
         live = np.asarray(args[6]) > 0
         for got, same, expected in zip(found, again, want):
