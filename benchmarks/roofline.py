@@ -28,7 +28,9 @@ OPS = {
     "head": "head",
     "sample": "sampling",
 }
-OTHER = "other"
+WHOLE, OTHER = "whole layers", "other"
+OPS["decode_layer"] = WHOLE
+OF_LAYER = ("norms", "q k v", "rotation, KV write", "decode attention", "o", "gate and up", "activation", "down")
 
 
 class Cost(NamedTuple):
@@ -95,8 +97,9 @@ def reached(kernels: Sequence[Kernel], limits: dict[str, Cost], bandwidth: float
     for kernel in kernels:
         by_op.setdefault(op_of(kernel), []).append(kernel.us)
     found = []
+    whole = Cost(*map(sum, zip(*(limits[op] for op in OF_LAYER if op in limits))))
     for op, times in by_op.items():
-        us, cost = sum(times), limits.get(op)
+        us, cost = sum(times), whole if op == WHOLE else limits.get(op)
         share = cost.seconds(bandwidth, flops) * 1e6 / us if cost else 0.0
         found.append(Reached(op, len(times), us, cost, share))
     return sorted(found, key=lambda op: -op.us)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import paged_tile as tile
-from pallas_kernels.decode_layer_plan import KEYS, MOST_PARTS, QKV, ROWS, Plan
+from pallas_kernels.decode_layer_plan import COUNTERS, KEYS, MOST_PARTS, QKV, ROWS, Plan
 
 
 class LayerWeights(NamedTuple):
@@ -76,7 +76,7 @@ def decode_layer(
     offset: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    counters: jax.Array | None,
+    counters: jax.Array,
     *,
     eps: float,
     scale: float,
@@ -86,7 +86,7 @@ def decode_layer(
     qkv bfloat16 [ROWS, heads + 2 kv_heads, dim], neither normed nor rotated; stream float32 [ROWS, hidden]. Pools
     bfloat16 [pages, kv_heads, page_size, dim]; page_table int32 [ROWS, W]; lengths int32 [ROWS], this token included,
     0: no token, and what such rows give is not defined. page and offset int32 [ROWS]: where k and v go, page 0 =
-    nowhere. cos, sin float32 [ROWS, dim / 2]. counters: None of the first layer, then what the layer before returned.
+    nowhere. cos, sin float32 [ROWS, dim / 2]. counters int32 [COUNTERS]: zeros, then what the layer before returned.
 
     Returns the next layer's qkv, stream, the pools and counters. Norms divide by the root of
     the mean square + eps; q @ k is multiplied by scale; the activation is silu. ValueError for shapes that do not fit.
@@ -94,6 +94,8 @@ def decode_layer(
     from pallas_kernels.decode_layer_mosaic import Inputs, layer
 
     plan = plan_of(qkv, stream, k_pages, weights, eps=eps, scale=scale)
+    if counters.shape != (COUNTERS,):
+        raise ValueError(f"{counters.shape=} must be {(COUNTERS,)} for this kernel")
     rows = jnp.max(jnp.where(lengths > 0, jnp.arange(1, ROWS + 1), 0))  # up to the last one with a token
     tiles = -(-jnp.max(lengths) // KEYS)
     parts = jnp.clip(plan.programs // jnp.maximum(1, rows * plan.kv_heads), 1, jnp.clip(tiles - 1, 1, MOST_PARTS))
@@ -104,7 +106,6 @@ def decode_layer(
         (weights.q_scale, weights.k_scale) if plan.normed else (), page_table, lengths, page, offset,
         jnp.stack([rows, parts]).astype(jnp.int32), factors,
     )  # fmt: skip
-    counters = jnp.zeros(plan.counters, jnp.int32) if counters is None else counters
     out, *pools, counters = layer(plan, inputs, pools, counters)
     k_pages, v_pages = (pool.reshape(k_pages.shape) for pool in pools)
     return out.products[QKV].reshape(qkv.shape), out.hidden[1], k_pages, v_pages, counters
@@ -122,11 +123,11 @@ def decode_layer_reference(
     offset: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    counters: jax.Array | None,
+    counters: jax.Array,
     *,
     eps: float,
     scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """`decode_layer` in float32, rounded to qkv's dtype where the kernel rounds; of any shapes and dtype."""
     rows, dim, f32, dtype = len(qkv), qkv.shape[2], jnp.float32, qkv.dtype
     kv_heads = k_pages.shape[1]

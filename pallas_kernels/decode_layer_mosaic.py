@@ -447,7 +447,10 @@ def layer(
         grid_names=("program",),
         num_threads=3,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=4096),
+        # Not warpgroups': inferring their layouts takes jax 0.11 four seconds for each program.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=4096, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
         kernel_name="decode_layer",
     )(*jax.tree.leaves(inputs), *written)
     return jax.tree.unflatten(jax.tree.structure(outputs), found), *(ref[...] for ref in written)

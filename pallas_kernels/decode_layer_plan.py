@@ -8,6 +8,7 @@ KEYS = 64  # in a tile of attention
 SHARED_BYTES = 225 * 1024
 OUT, GATE_UP, DOWN, QKV = PRODUCTS = range(4)
 MOST_PARTS = 16  # of a row's keys
+COUNTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Plan:
             or self.depth % 128
             or self.dim not in (64, 128)
             or self.group > 64
+            or self.first_counter(len(PRODUCTS)) > COUNTERS
             or KEYS % self.page_size
             or self.page_size % 8
             or not 0 < self.flight <= self.stages
@@ -84,8 +86,3 @@ class Plan:
     def first_counter(self, p: int) -> int:
         """Of the tiles of a product, after one for each product and those of attention's rows and heads."""
         return len(PRODUCTS) + ROWS * self.kv_heads + sum(map(self.tiles, range(p)))
-
-    @property
-    def counters(self) -> int:
-        """How many; of all layers."""
-        return self.first_counter(len(PRODUCTS))

@@ -42,6 +42,7 @@ class WholeLayer(NamedTuple):
     """A layer of a decode step as one kernel; see `pallas_kernels.decode_layer`."""
 
     rows: int  # of its arrays
+    counters: int
     weights: Callable  # what it reads of a layer
     supports: Callable
     run: Callable
@@ -52,10 +53,10 @@ def whole_layer(implementation: Implementation) -> WholeLayer | None:
     """For cards that have one, `supports` says which."""
     if implementation != "triton":
         return None
-    from pallas_kernels.decode_layer import ROWS, LayerWeights, decode_layer, supports
+    from pallas_kernels.decode_layer import COUNTERS, ROWS, LayerWeights, decode_layer, supports
 
     run = jax.jit(decode_layer, static_argnames=("eps", "scale"))  # traced once for layers that differ in their arrays
-    return WholeLayer(ROWS, LayerWeights, supports, jax.named_call(run, name="decode_layer"))
+    return WholeLayer(ROWS, COUNTERS, LayerWeights, supports, jax.named_call(run, name="decode_layer"))
 
 
 @cache

@@ -226,7 +226,7 @@ class Model(nnx.Module):
         ):
             return None
         step = [padded(a) for a in (inputs.tables[0], inputs.lengths, inputs.page[0], inputs.offset, cos, sin)]
-        counters, pools = None, []
+        counters, pools = jnp.zeros(kernel.counters, jnp.int32), []
         for i, (weights, how) in enumerate(zip(each, options)):
             qkv, stream, *pool, counters = kernel.run(qkv, stream, *cache.layer(i), weights, *step, counters, **how)
             pools.append(pool)

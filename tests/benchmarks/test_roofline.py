@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.common import random_llm
 from benchmarks.profiles import Kernel, keep_names, kernels_of_steps, launches, median_step, name_of, span
-from benchmarks.roofline import OTHER, Cost, costs, op_of, reached, table
+from benchmarks.roofline import OTHER, WHOLE, Cost, costs, op_of, reached, table
 from benchmarks.steps import profile_step
 from benchmarks.workloads import SHAPES, Work
 
@@ -46,6 +46,10 @@ def test_the_slower_of_reading_and_multiplying_is_the_limit():
     assert (down.op, down.kernels, down.us, down.share) == ("down", 2, 6e6, 0.5)
     assert (norms.op, norms.share) == ("norms", 0.5)
     assert (other.op, other.cost) == (OTHER, None)
+    (whole,) = reached(
+        [Kernel("d", "jit(f)/decode_layer/jit(decode_layer)/k", 0, 26e6)], {"down": Cost(12, 2), "o": Cost(1, 11)}, 1, 4
+    )
+    assert (whole.op, whole.cost, whole.share) == (WHOLE, Cost(13, 13), 0.5)
     assert span(kernels) == 11e6
     assert "4 kernels, busy 9000000 us of 11000000" in table([down, norms, other], kernels)
 

@@ -33,7 +33,7 @@ def answers(monkeypatch, kind, kernel, prompts=PROMPTS, **options):
         seen["layers"] += 1
         return decode_layer_reference(*args, **how)
 
-    whole = WholeLayer(ROWS, LayerWeights, lambda *args, **how: True, run) if kernel else None
+    whole = WholeLayer(ROWS, 1, LayerWeights, lambda *args, **how: True, run) if kernel else None
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     folder = kind if isinstance(kind, Path) else tiny_llm.model_folder(kind)
     with monkeypatch.context() as patch:

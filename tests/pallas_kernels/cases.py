@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import LayerWeights
+from pallas_kernels.decode_layer_plan import COUNTERS
 
 
 def pairwise(options: dict[str, Sequence], seed: int = 0) -> list[dict]:
@@ -226,9 +227,11 @@ def relative_error(out, expected) -> float:
 
 
 def decode_layer_inputs(
-    *, hidden, heads, kv_heads, dim, inner, lengths, normed=False, page_size=16, dtype="bfloat16", seed=0
+    *, hidden, heads, kv_heads, dim, inner, lengths, longest=0, normed=False, page_size=16, dtype="bfloat16", seed=0
 ):
-    """Arguments of `decode_layer` up to its counters: rows of these lengths, the rest of its rows without a token."""
+    """Arguments of `decode_layer`: rows of these lengths, the rest of its rows without a token, and
+    room for rows of `longest` keys.
+    """
     rows, keys = 8, iter(jax.random.split(jax.random.key(seed), 16))
 
     def random(*shape, scale=1.0, dtype=dtype):
@@ -243,7 +246,7 @@ def decode_layer_inputs(
     weights = LayerWeights(o, gain(hidden), gate_up, down, gain(hidden), next_qkv)
     if normed:
         weights = weights._replace(q_scale=gain(dim), k_scale=gain(dim))
-    columns = -(-max(lengths) // page_size)
+    columns = -(-max(longest, *lengths) // page_size)
     table = 1 + np.random.default_rng(seed).permutation(rows * columns).reshape(rows, columns).astype(np.int32)
     length = np.zeros(rows, np.int32)
     length[: len(lengths)] = lengths
@@ -253,4 +256,4 @@ def decode_layer_inputs(
     angles = 6 * jax.random.uniform(next(keys), (rows, dim // 2))
     arrays = map(jnp.asarray, (table, length, page, last % page_size))
     return (random(rows, heads + 2 * kv_heads, dim), random(rows, hidden, dtype="float32"), *pools, weights, *arrays,
-            jnp.cos(angles), jnp.sin(angles))  # fmt: skip
+            jnp.cos(angles), jnp.sin(angles), jnp.zeros(COUNTERS, jnp.int32))  # fmt: skip

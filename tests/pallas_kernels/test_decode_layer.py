@@ -22,12 +22,9 @@ LLAMA_1B = {"hidden": 2048, "heads": 32, "kv_heads": 8, "dim": 64, "inner": 8192
 
 @pytest.mark.parametrize("normed", [False, True])
 def test_the_twin_gives_what_the_parts_give(normed):
-    qkv, stream, k_pages, v_pages, weights, table, lengths, page, offset, cos, sin = decode_layer_inputs(
-        **SMALL, normed=normed, lengths=LENGTHS, dtype="float32"
-    )
-    found = kernels.decode_layer_reference(
-        qkv, stream, k_pages, v_pages, weights, table, lengths, page, offset, cos, sin, None, **OPTIONS
-    )
+    args = decode_layer_inputs(**SMALL, normed=normed, lengths=LENGTHS, dtype="float32")
+    qkv, stream, k_pages, v_pages, weights, table, lengths, page, offset, cos, sin, _ = args
+    found = kernels.decode_layer_reference(*args, **OPTIONS)
     scales = (weights.q_scale, weights.k_scale) if normed else ()
     write = partial(kernels.rope_write_reference, eps=OPTIONS["eps"])
     q, *pools = write(k_pages, v_pages, qkv, cos, sin, page, offset, *scales)
@@ -54,8 +51,8 @@ def structs(**changes):
 
 def layers(count, *args):
     """Of equal weights, one after another."""
-    run, counters = jax.jit(partial(kernels.decode_layer, **OPTIONS)), None
-    qkv, stream, k_pages, v_pages, *rest = args
+    run = jax.jit(partial(kernels.decode_layer, **OPTIONS))
+    qkv, stream, k_pages, v_pages, *rest, counters = args
     for _ in range(count):
         qkv, stream, k_pages, v_pages, counters = run(qkv, stream, k_pages, v_pages, *rest, counters)
     return stream, k_pages, v_pages
