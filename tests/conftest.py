@@ -41,8 +41,20 @@ if find_spec("hypothesis"):  # a GPU machine may lack it
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """What is imported by now stays, and is a million objects: each collection in a test would look at all of them."""
+    set_aside()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem) -> None:
+    """The same of what a module leaves behind: traces and compiled programs, in engines that others share."""
+    if nextitem and nextitem.path != item.path:
+        set_aside()
+
+
+def set_aside() -> None:
     gc.collect()
     gc.freeze()
 

@@ -87,20 +87,6 @@ def test_the_step_calls_the_kernels(shipped_model):
             assert kernel in texts[name]
 
 
-def test_no_compilation_after_warmup(shipped_model):
-    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 128}
-    with LLM(shipped_model, attention=KERNELS, warmup=True, **(SMALL | limits)) as llm:
-        every = [
-            SamplingParams(temperature=0, max_tokens=9),
-            SamplingParams(temperature=0.7, top_p=0.9, max_tokens=7),
-            SamplingParams(top_k=5, logprobs=3, prompt_logprobs=2, max_tokens=5),
-            SamplingParams(presence_penalty=1.0, logit_bias={5: 2.0}, n=2, max_tokens=6),
-        ]
-        asked = prompts(llm)
-        llm.generate(asked, [every[i % len(every)] for i in range(len(asked))], use_tqdm=False)
-        assert llm.get_metrics()["compilations_after_warmup"] == 0
-
-
 def test_close_gives_the_memory_back(shipped_model):
     device = jax.devices()[0]
     before = device.memory_stats()["bytes_in_use"]

@@ -76,6 +76,13 @@ OPS = {"paged_decode": DECODE, "paged_extend": EXTEND, "paged_extend by Mosaic":
 OPS |= {"kv_write": WRITE, "rope_write": ROPE, "add_rms_norm": WRITE}
 ACTIVATED = [(name, dtype) for name in ACTIVATIONS if ACTIVATIONS[name] is not ERF for dtype in ("bfloat16", "float32")]
 CASES = [(op, case) for op, cases in OPS.items() for case in cases]
+# Decode steps (some groups without rows) and prompts, of widths that blocks divide and do not.
+GROUPED = pairwise(
+    {"dtype": ["bfloat16", "float16", "float32"], "size_in": [100, 256, 2048], "size_out": [72, 768], "count": [1, 2],
+     "sizes": [(1, 0, 3, 0, 0, 2), (0,) * 60 + (2,) + (1, 0) * 30, (300, 0, 17, 128, 1, 640), (16, 15, 17) * 20]}
+)  # fmt: skip
+TUNED = Case(head_dim=128, group=4, dtype="bfloat16", window=500, lengths=(0, 1, 700, 30))
+TUNINGS = [DecodeTuning(size, parts, num_warps=4, min_part=size) for size in (16, 64) for parts in (1, 2, 7)]
 
 
 def compare(op: str, case: Case, seed: int, **tuning) -> tuple:
@@ -100,10 +107,31 @@ def compare(op: str, case: Case, seed: int, **tuning) -> tuple:
     return jax.device_get((out, reference(*jax.device_put(args, jax.devices("cpu")[0]), **options)))
 
 
+def compare_grouped(case: dict) -> tuple:
+    args = grouped_inputs(case["sizes"], case["size_in"], case["size_out"], case["dtype"], case["count"])
+    name, options = (
+        ("grouped_matmul", {}) if case["count"] == 1 else ("grouped_gated_matmul", {"activation": jax.nn.silu})
+    )
+    kernel, reference = getattr(kernels, name), getattr(kernels, f"{name}_reference")
+    out = kernel(*jax.device_put(args, jax.devices("gpu")[0]), **options)
+    return jax.device_get((out, reference(*jax.device_put(args, jax.devices("cpu")[0]), **options)))
+
+
+def compare_activation(activation: str, dtype: str) -> tuple:
+    x = np.random.default_rng(0).standard_normal((50, 2 * 1100)).astype(jnp.dtype(dtype))
+    function = ACTIVATIONS[activation]
+    out = kernels.gated_activation(jax.device_put(x, jax.devices("gpu")[0]), function)
+    expected = kernels.gated_activation_reference(jax.device_put(x, jax.devices("cpu")[0]), function)
+    return jax.device_get((out, expected))
+
+
 @pytest.fixture(scope="module")
-def comparisons() -> dict[tuple[str, Case], Future]:
+def comparisons() -> dict[tuple, Future]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {which: pool.submit(compare, *which, seed) for seed, which in enumerate(CASES)}
+        found = {which: pool.submit(compare, *which, seed) for seed, which in enumerate(CASES)}
+        found |= {which: pool.submit(compare_activation, *which) for which in ACTIVATED}
+        found |= {tuple(case.items()): pool.submit(compare_grouped, case) for case in GROUPED}
+        return found | {tuning: pool.submit(compare, "paged_decode", TUNED, 0, tuning=tuning) for tuning in TUNINGS}
 
 
 @pytest.mark.parametrize("which", CASES, ids=lambda which: f"{which[0]}-{which[1]}")
@@ -120,43 +148,23 @@ def test_kernel_equals_reference(which, comparisons):
 
 
 @pytest.mark.parametrize("activation, dtype", ACTIVATED)
-def test_gated_activation_equals_reference(activation, dtype):
-    x = np.random.default_rng(0).standard_normal((50, 2 * 1100)).astype(jnp.dtype(dtype))
-    function = ACTIVATIONS[activation]
-    out = kernels.gated_activation(jax.device_put(x, jax.devices("gpu")[0]), function)
-    expected = kernels.gated_activation_reference(jax.device_put(x, jax.devices("cpu")[0]), function)
+def test_gated_activation_equals_reference(activation, dtype, comparisons):
+    out, expected = comparisons[activation, dtype].result()
     assert out.dtype == dtype
-    assert relative_error(jax.device_get(out), jax.device_get(expected)) < LIMIT[dtype]
-
-
-# Decode steps (some groups without rows) and prompts, of widths that blocks divide and do not.
-GROUPED = pairwise(
-    {"dtype": ["bfloat16", "float16", "float32"], "size_in": [100, 256, 2048], "size_out": [72, 768], "count": [1, 2],
-     "sizes": [(1, 0, 3, 0, 0, 2), (0,) * 60 + (2,) + (1, 0) * 30, (300, 0, 17, 128, 1, 640), (16, 15, 17) * 20]}
-)  # fmt: skip
+    assert relative_error(out, expected) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize("case", GROUPED, ids=lambda case: "-".join(str(value)[:20] for value in case.values()))
-def test_grouped_matmul_equals_reference(case):
-    args = grouped_inputs(case["sizes"], case["size_in"], case["size_out"], case["dtype"], case["count"])
-    name, options = (
-        ("grouped_matmul", {}) if case["count"] == 1 else ("grouped_gated_matmul", {"activation": jax.nn.silu})
-    )
-    kernel, reference = getattr(kernels, name), getattr(kernels, f"{name}_reference")
-    out = kernel(*jax.device_put(args, jax.devices("gpu")[0]), **options)
-    expected = reference(*jax.device_put(args, jax.devices("cpu")[0]), **options)
+def test_grouped_matmul_equals_reference(case, comparisons):
+    out, expected = comparisons[tuple(case.items())].result()
     assert out.dtype == case["dtype"]
     rows = sum(case["sizes"])
-    assert relative_error(jax.device_get(out)[:rows], jax.device_get(expected)[:rows]) < LIMIT[case["dtype"]]
+    assert relative_error(out[:rows], expected[:rows]) < LIMIT[case["dtype"]]
 
 
-@pytest.mark.parametrize("parts", [1, 2, 7])
-@pytest.mark.parametrize("block_kv", [16, 64])
-def test_decode_tuning_keeps_the_result(block_kv, parts):
-    case = Case(head_dim=128, group=4, dtype="bfloat16", window=500, lengths=(0, 1, 700, 30))
-    out, expected = compare(
-        "paged_decode", case, 0, tuning=DecodeTuning(block_kv, parts, num_warps=4, min_part=block_kv)
-    )
+@pytest.mark.parametrize("tuning", TUNINGS, ids=lambda tuning: f"{tuning.block_kv}-{tuning.parts}")
+def test_decode_tuning_keeps_the_result(tuning, comparisons):
+    out, expected = comparisons[tuning].result()
     assert relative_error(out, expected) < LIMIT["bfloat16"]
 
 

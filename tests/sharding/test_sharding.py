@@ -15,11 +15,12 @@ CASES = ["eight_devices.py", "data_axis.py", "pipeline.py"]
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 
-@pytest.mark.parametrize("cases", CASES)
-@pytest.mark.parametrize("marks", ["not full", pytest.param("full", marks=pytest.mark.full)])
-def test_on_eight_simulated_devices(cases, marks):
-    path = str(Path(__file__).with_name(cases))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, path]
+@pytest.mark.parametrize(
+    ("marks", "cases"), [("not full", CASES), *(pytest.param("full", [case], marks=pytest.mark.full) for case in CASES)]
+)
+def test_on_eight_simulated_devices(marks, cases):
+    paths = [str(Path(__file__).with_name(case)) for case in cases]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, *paths]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2000:]
