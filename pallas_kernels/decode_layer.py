@@ -86,7 +86,8 @@ def decode_layer(
     qkv bfloat16 [ROWS, heads + 2 kv_heads, dim], neither normed nor rotated; stream float32 [ROWS, hidden]. Pools
     bfloat16 [pages, kv_heads, page_size, dim]; page_table int32 [ROWS, W]; lengths int32 [ROWS], this token included,
     0: no token, and what such rows give is not defined. page and offset int32 [ROWS]: where k and v go, page 0 =
-    nowhere. cos, sin float32 [ROWS, dim / 2]. counters int32 [COUNTERS]: zeros, then what the layer before returned.
+    nowhere. cos, sin float32 [ROWS, dim / 2]. counters int32 [COUNTERS]: zeros, or what a layer of the same lengths and
+    shapes returned: with others programs would wait for ever.
 
     Returns the next layer's qkv, stream, the pools and counters. Norms divide by the root of
     the mean square + eps; q @ k is multiplied by scale; the activation is silu. ValueError for shapes that do not fit.
@@ -94,8 +95,8 @@ def decode_layer(
     from pallas_kernels.decode_layer_mosaic import Inputs, layer
 
     plan = plan_of(qkv, stream, k_pages, weights, eps=eps, scale=scale)
-    if counters.shape != (COUNTERS,):
-        raise ValueError(f"{counters.shape=} must be {(COUNTERS,)} for this kernel")
+    if counters.shape != (COUNTERS,) or v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
+        raise ValueError(f"{counters.shape=} {v_pages.shape=} {v_pages.dtype=} do not fit {plan}")
     rows = jnp.max(jnp.where(lengths > 0, jnp.arange(1, ROWS + 1), 0))  # up to the last one with a token
     tiles = -(-jnp.max(lengths) // KEYS)
     parts = jnp.clip(plan.programs // jnp.maximum(1, rows * plan.kv_heads), 1, jnp.clip(tiles - 1, 1, MOST_PARTS))

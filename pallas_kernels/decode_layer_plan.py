@@ -39,6 +39,7 @@ class Plan:
             or self.columns % 128
             or self.depth % 128
             or self.dim not in (64, 128)
+            or self.heads % self.kv_heads
             or self.group > 64
             or self.first_counter(len(PRODUCTS)) > COUNTERS
             or KEYS % self.page_size

@@ -51,7 +51,7 @@ class WholeLayer(NamedTuple):
 @cache
 def whole_layer(implementation: Implementation) -> WholeLayer | None:
     """For cards that have one, `supports` says which."""
-    if implementation != "triton":
+    if implementation not in ("triton", "mosaic"):
         return None
     from pallas_kernels.decode_layer import COUNTERS, ROWS, LayerWeights, decode_layer, supports
 

@@ -2,6 +2,7 @@
 same answers as op by op.
 """
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def answers(monkeypatch, kind, kernel, prompts=PROMPTS, **options):
         return decode_layer_reference(*args, **how)
 
     whole = WholeLayer(ROWS, 1, LayerWeights, lambda *args, **how: True, run) if kernel else None
-    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     folder = kind if isinstance(kind, Path) else tiny_llm.model_folder(kind)
     with monkeypatch.context() as patch:
         patch.setattr(llama, "whole_layer", lambda implementation: whole)
@@ -58,6 +59,25 @@ def test_the_same_tokens(kind, steps, monkeypatch, shipped_model):
 @pytest.mark.parametrize("kind", ["windows", "experts"])
 def test_models_with_other_options_go_op_by_op(kind, monkeypatch):
     assert not answers(monkeypatch, kind, True, PROMPTS[:2])[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "whole"),
+    [
+        ({}, True),
+        ({"model_type": "mistral", "sliding_window": 20}, False),
+        ({"model_type": "qwen2"}, False),  # it adds biases to q, k and v
+        ({"mlp_bias": True}, False),
+        ({"hidden_act": "gelu"}, False),
+    ],
+    ids=str,
+)
+def test_each_option_that_the_kernel_does_not_have(changes, whole, tmp_path, monkeypatch):
+    config = tiny_llm.CONFIGS["llama"] | changes
+    (tmp_path / "config.json").write_text(
+        json.dumps({name: config[name] for name in config if name != "architectures"})
+    )
+    assert bool(answers(monkeypatch, tmp_path, True, PROMPTS[:1], load_format="dummy")[1]) is whole
 
 
 def test_kernels_that_lie_apart_go_op_by_op(monkeypatch):

@@ -71,7 +71,15 @@ def test_all_programs_have_the_very_same_kernel(changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"dtype": "float16"}, {"dim": 96}, {"hidden": 2000}, {"inner": 8000}, {"page_size": 24}, {"hidden": 256}],
+    [
+        {"dtype": "float16"},
+        {"dim": 96},
+        {"hidden": 2000},
+        {"inner": 8000},
+        {"page_size": 24},
+        {"hidden": 256},
+        {"heads": 20},
+    ],
     ids=str,
 )
 def test_what_it_does_not_take(changes):
@@ -98,3 +106,11 @@ def test_rows_must_fit():
     qkv, *args = structs()
     with pytest.raises(ValueError, match="do not fit"):
         lower_for_cuda(partial(layers, 1), jax.ShapeDtypeStruct((4, *qkv.shape[1:]), qkv.dtype), *args)
+
+
+@pytest.mark.parametrize("i, shape", [(3, (7, 8, 16, 64)), (11, (8,))])
+def test_v_and_counters_must_fit(i, shape):
+    args = list(structs())
+    args[i] = jax.ShapeDtypeStruct(shape, args[i].dtype)
+    with pytest.raises(ValueError, match="do not fit"):
+        lower_for_cuda(partial(layers, 1), *args)

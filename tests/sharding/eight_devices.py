@@ -22,6 +22,7 @@ from jaxengine.models.llama import Residual, run_layer
 from jaxengine.sharding import LAYER, STAGE, ParamSpec, create_mesh, gather, named_sharding, on_each_device
 from jaxengine.weights import dummy, load_params, open_checkpoint
 from jaxengine.weights.checkpoint import read_config
+from tests.models import test_whole_layers as whole_layers
 from tests.references import gguf_files, tiny
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, restrict
 
@@ -210,6 +211,16 @@ def test_no_memory_of_peers_where_no_kernel_uses_it(monkeypatch):
     monkeypatch.setattr("jaxengine.engine.runner.peer_rows", lambda mesh, row_bytes: 2)
     with make_llm("llama", 2) as llm:
         assert llm._runner.attention == "xla" and llm._runner._peers == ()
+
+
+@pytest.mark.parametrize(
+    ("axis", "whole"), [("tensor_parallel_size", False), ("data_parallel_size", True), ("pipeline_parallel_size", True)]
+)
+def test_a_layer_is_one_kernel_where_devices_do_not_split_it(axis, whole, monkeypatch):
+    prompts = whole_layers.PROMPTS[:3]
+    found, seen = whole_layers.answers(monkeypatch, "llama", True, prompts, **{axis: 2})
+    assert bool(seen) is whole
+    assert found == whole_layers.answers(monkeypatch, "llama", False, prompts)[0]
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 4, "data": 2}, {"tensor": 2, "expert": 2, "data": 2}])
