@@ -1,4 +1,4 @@
-"""What `decode_layer` needs and Pallas has no words for: counters between programs, transposed loads.
+"""What kernels in Mosaic need and Pallas has no words for: `decode_layer`'s counters between programs, say.
 
 A warpgroup calls each of these as a whole. "Plain order" is row by row.
 """

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import paged_tile as tile
+from pallas_kernels.mosaic_parts import name_alike
 from pallas_kernels.mosaic_tile import ALIGN, ROWS
 from pallas_kernels.paged_decode_streams import ALL, Stream, Work
 
@@ -16,7 +17,7 @@ def combine(work: Work, partial_out: jax.Array, log_total: jax.Array, out: jax.A
     """See `combine_reference`. Both partial results are of ROWS streams at least, as so many are loaded at a time."""
     streams, (_, of_item, dim), out_ref = len(work.streams), partial_out.shape, jax.new_ref(out)
     plgpu.kernel(
-        partial(_kernel, of_item=of_item),
+        partial(_kernel, of_item=of_item, simulated=interpret),
         scratch_types=[plgpu.SMEM((dim,), out.dtype)],
         grid=(streams, of_item),
         grid_names=("stream", "query"),
@@ -38,11 +39,14 @@ def _kernel(
     staged,  # [D]
     *,
     of_item: int,
+    simulated: bool,
 ):
     """One query of the stream's last item, if the stream has its first unit and the next one goes on with it.
 
     Tiles hold the parts of ROWS streams after that one, a part a row; all columns of a row have the part's log.
     """
+    if not simulated:
+        name_alike(streams)
     number, query = jax.lax.axis_index("stream"), jax.lax.axis_index("query")
     stream = Stream(*(streams[number, i] for i in range(len(Stream._fields))))
 

@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_tile
 from pallas_kernels import paged_tile as tile
+from pallas_kernels.mosaic_parts import name_alike
 from pallas_kernels.mosaic_tile import ALIGN, ROWS, SWIZZLE
 from pallas_kernels.paged_decode_combine import combine
 from pallas_kernels.paged_decode_streams import Stream, deal, units
@@ -197,6 +198,8 @@ class Segment(NamedTuple):
 
 
 def _kernel(settings: Settings, *args) -> None:
+    if not settings.simulated:
+        name_alike(args[0])
     ins, scratch = (args[:10], args[10:]) if settings.cut else ((*args[:8], None, None), args[8:])
     refs = Refs(*(*ins, scratch[0], *scratch[1], *scratch[2:]))
     warpgroup, consumers = jax.lax.axis_index("warpgroup"), settings.consumers

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_tile
 from pallas_kernels import paged_tile as tile
+from pallas_kernels.mosaic_parts import name_alike
 from pallas_kernels.mosaic_tile import COPY_LAYOUT, ROWS, SWIZZLE
 
 CONSUMERS = 2
@@ -210,6 +211,8 @@ def _unit(refs: Refs, settings: Settings, item: Item, consumer: int | jax.Array)
 
 
 def _kernel(settings: Settings, *refs) -> None:
+    if not settings.simulated:
+        name_alike(refs[0])
     warpgroup = jax.lax.axis_index("warpgroup")
     pl.when(warpgroup == CONSUMERS)(partial(_produce, Refs(*refs), settings))
     pl.when(warpgroup < CONSUMERS)(partial(_consume, Refs(*refs), settings, warpgroup))

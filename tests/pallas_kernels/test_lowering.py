@@ -98,6 +98,20 @@ def test_extend_lowers_for_hopper(case):
     assert text.count(MOSAIC_CALL) == text.count("output_operand_alias<") == 1
 
 
+@pytest.mark.parametrize("name", ["decode", "extend"])
+def test_kernels_in_mosaic_are_the_same_however_many_were_lowered_before(name):
+    """Or another order of steps would miss the compilation cache."""
+    pool, q = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((1024, 2, 16, 64), (100, 4, 64)))
+    each = jax.ShapeDtypeStruct((100, 1, 4, 64), "bfloat16")
+    texts = []
+    for _ in range(2):
+        extend = partial(kernels.paged_extend, scale=0.1, block_q=16), *extend_structs(q, pool, 3), q
+        decode = partial(kernels.paged_decode, scale=0.1, tuning=decode_mosaic.TuningConfig.from_shapes(each, pool))
+        decode = decode, each, pool, pool, ints(100, 64), ints(100)
+        texts.append(lower_for_cuda(*(extend if name == "extend" else decode)))
+    assert texts[0] == texts[1] and MOSAIC_CALL in texts[0]
+
+
 @pytest.mark.parametrize(
     "tokens, dim, dtype, page_size, card, scale",
     [
