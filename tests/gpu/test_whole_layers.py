@@ -25,7 +25,7 @@ SHARED = {"hidden": 2048, "heads": 64, "kv_heads": 1, "dim": 64, "inner": 2048, 
 LENGTHS = [(257,), (5, 0, 300, 64, 65, 1000, 1, 129), (1000,) * 8, (17, 3000)]
 CONFIG = {
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 2000, "hidden_size": 1024,
-    "intermediate_size": 3072, "num_hidden_layers": 3, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8,
     "head_dim": 128, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "hidden_act": "silu",
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "dtype": "bfloat16",
     "tie_word_embeddings": False,
@@ -93,10 +93,10 @@ def opened(folder, **options):
     return LLM(folder, load_format="dummy", **(sizes | options))
 
 
-def answers(folder, steps):
-    """Greedy tokens after the prompts, all together and one alone."""
+def answers(folder, steps, **options):
+    """Prompts and greedy tokens after them, all together and one alone."""
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-    with opened(folder, attention="triton", steps_per_call=steps) as llm:
+    with opened(folder, attention="triton", steps_per_call=steps, **options) as llm:
         outputs = [o for asked in (PROMPTS, PROMPTS[2:3]) for o in llm.generate(asked, greedy, use_tqdm=False)]
         decode = [program for key, program in llm._runner._programs.items() if key[0] == "decode"]
         assert len(decode) >= 2 and all("decode_layer" in program.as_text() for program in decode)
@@ -106,17 +106,28 @@ def answers(folder, steps):
     return [output.prompt_token_ids + list(output.outputs[0].token_ids) for output in outputs]
 
 
-def test_tokens_are_the_references_best_ones(folder):
-    """Or nearly so, as rounding may choose between two; of a wrong layer they would be any."""
-    whole = answers(folder, steps=1) + answers(folder, steps=4)
+def check_tokens(folder, whole):
+    """They are the reference's best ones, or nearly so, as rounding may choose between two; of a wrong layer they would
+    be any.
+    """
     scores = SamplingParams(max_tokens=0, prompt_logprobs=1, detokenize=False)
     with opened(folder, attention="reference") as llm:
         outputs = llm.generate(whole, scores, use_tqdm=False)
     found = [output.prompt_logprobs for output in outputs]
     gaps = np.concatenate([(each.top_logprobs[:, 0] - each.logprobs)[-TOKENS:] for each in found])
-    assert gaps.shape == (TOKENS * 14,) and (gaps >= 0).all()
+    assert gaps.shape == (TOKENS * len(whole),) and (gaps >= 0).all()
     print(f"below the best in the mean {gaps.mean():.4f}, at most {gaps.max():.4f}")
     assert gaps.mean() < 0.02 and gaps.max() < 0.3
+
+
+def test_tokens_are_the_references_best_ones(folder):
+    check_tokens(folder, answers(folder, steps=1) + answers(folder, steps=4))
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("axis", ["data_parallel_size", "pipeline_parallel_size"])
+def test_devices_that_do_not_split_layers(folder, axis):
+    check_tokens(folder, answers(folder, steps=4, **{axis: 2}))
 
 
 def test_two_engines_take_turns(folder):
