@@ -5,8 +5,8 @@ Not the default, as Triton's is quicker (the table of both: benchmarks/README.md
 The keys of all rows and KV heads are dealt out evenly to streams (`paged_decode_streams`): a few in each program, a
 program on each multiprocessor. So a stream reads as much as any other, however unlike the rows are. It is two
 warpgroups: the producer copies tile after tile of K and V to shared memory, far ahead, and the consumer attends. What a
-stream has of an item (a row and KV head) is a segment; where that is not all of the item, its result is partial, and a
-second, short kernel puts the parts together (`paged_decode_combine`).
+stream has of an item (a row and KV head) is a segment; where that is not all of the item, its result is partial, and
+XLA puts the parts together afterwards (30 us).
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,7 @@ from pallas_kernels import mosaic_tile
 from pallas_kernels import paged_tile as tile
 from pallas_kernels.mosaic_parts import name_alike
 from pallas_kernels.mosaic_tile import ALIGN, ROWS, SWIZZLE
-from pallas_kernels.paged_decode_combine import combine
-from pallas_kernels.paged_decode_streams import Stream, deal, units
+from pallas_kernels.paged_decode_streams import Stream, combine, deal, units
 
 MIN_CUT = 256  # keys: where no row can have more, none is cut
 IDS = 128  # entries of the page table in a copy
@@ -119,9 +118,8 @@ def paged_decode_mosaic(
     released = plgpu.Barrier(num_barriers=consumers * stages)
     out_type = [jax.ShapeDtypeStruct(q.shape, dtype)]
     if cut:
-        slots = 2 * max(streams, ROWS)
-        out_type += [jax.ShapeDtypeStruct((slots, of_item, dim), jnp.float32),
-                     jax.ShapeDtypeStruct((slots, ROWS), jnp.float32)]  # fmt: skip
+        out_type += [jax.ShapeDtypeStruct((2 * streams, of_item, dim), jnp.float32),
+                     jax.ShapeDtypeStruct((2 * streams, ROWS), jnp.float32)]  # fmt: skip
     padded, *partial_results = plgpu.kernel(
         partial(_kernel, settings),
         out_type=out_type,
@@ -153,7 +151,7 @@ def paged_decode_mosaic(
     out = padded[: len(padded) - padding]
     if cut:
         partial_out, log_total = partial_results
-        out = combine(work, partial_out, log_total, out, interpret)
+        out = combine(work, partial_out, log_total, out)
     return out.reshape(rows, kv_heads, queries, group, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
 
 

@@ -1,4 +1,4 @@
-"""How decode by Mosaic deals out its work, and a twin of the kernel that puts together what comes back in parts.
+"""How decode by Mosaic deals out its work, and puts together what comes back in parts.
 
 All streams get as many units of keys, however unlike the rows are. A unit is a page, or a tile where that is less. All
 units of all rows and KV heads stand in one line, head by head, and each stream has the next so many. Plain jax.numpy: a
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import paged_tile as tile
 from pallas_kernels.mosaic_tile import ALIGN
 
-ALL = 2**30  # units: more than there are
+PRECISION = jax.lax.Precision.HIGHEST
 
 
 def units(
@@ -39,7 +39,7 @@ class Stream(NamedTuple):
     item: jax.Array  # its first
     segments: jax.Array
     begin: jax.Array  # of its first item, the first unit
-    end: jax.Array  # of its last item, the unit behind, or ALL
+    end: jax.Array  # of its last item, the unit behind; more than there are: all
     row: jax.Array  # of its first item
     length: jax.Array
     next_row: jax.Array  # of its second item, if there is one
@@ -68,7 +68,7 @@ def deal(lengths: jax.Array, counts: jax.Array, kv_heads: int, streams: int, cut
     item, begin = head * count + at, within - first_unit
     segments = item[1:] - item[:-1] + (begin[1:] > 0)
     row, next_row = row[:-1], order[jnp.where(at[:-1] + 1 == count, 0, at[:-1] + 1)]
-    each_stream = Stream(item[:-1], segments, begin[:-1], jnp.where(begin[1:] > 0, begin[1:], ALL), row,
+    each_stream = Stream(item[:-1], segments, begin[:-1], jnp.where(begin[1:] > 0, begin[1:], 2**30), row,
                          lengths[row], next_row, lengths[next_row], jnp.broadcast_to(count, (streams,)))  # fmt: skip
 
     def stream_of(unit_number):
@@ -82,7 +82,7 @@ def deal(lengths: jax.Array, counts: jax.Array, kv_heads: int, streams: int, cut
     return Work(order, jnp.stack(each_stream, axis=1), first_stream, parts)
 
 
-def combine_reference(work: Work, partial_out: jax.Array, log_total: jax.Array, out: jax.Array) -> jax.Array:
+def combine(work: Work, partial_out: jax.Array, log_total: jax.Array, out: jax.Array) -> jax.Array:
     """`out` [R * KH * N, D] with the N rows of each item (a row and KV head) that has several parts filled in.
 
     Stream s left partial_out [2 * S, N, D] and log2 of the weights' sums, log_total [2 * S, .], at 2 * s, or at
@@ -105,7 +105,7 @@ def combine_reference(work: Work, partial_out: jax.Array, log_total: jax.Array, 
     weight = jnp.exp2(logs - top[owner])
     total = jnp.sum(jnp.where(mine[:, :, None], weight, 0), axis=1)
     values = jnp.where(used[:, None, None], partial_out * weight[:, :, None], 0).reshape(slots, -1)
-    sums = jnp.dot(mine.astype(jnp.float32), values, precision=jax.lax.Precision.HIGHEST).reshape(-1, of_item, dim)
+    sums = jnp.dot(mine.astype(jnp.float32), values, precision=PRECISION).reshape(-1, of_item, dim)
     sums = (sums / jnp.where(total == 0, 1, total)[:, :, None]).astype(out.dtype)
     cut = (work.parts.ravel() > 1)[:, None, None]
     return jnp.where(cut, sums[work.first_stream.ravel()], out.reshape(-1, of_item, dim)).reshape(out.shape)

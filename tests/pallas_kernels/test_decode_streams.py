@@ -8,12 +8,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_decode_streams import Stream, combine_reference, deal
+from pallas_kernels.paged_decode_streams import Stream, combine, deal
 
 STREAMS = 5
 UNITS = st.one_of(st.just(0), st.integers(1, 3), st.integers(1, 300))
 deal_jitted = jax.jit(deal, static_argnums=(2, 3, 4))
-combine_jitted = jax.jit(combine_reference)
+combine_jitted = jax.jit(combine)
 
 
 def segments(units, kv_heads: int, cut: bool):
