@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.batch import Buckets
-from jaxengine.engine.compilations import CompilationCounter
+from jaxengine.engine.compilations import CompilationCounter, stand_in
 from jaxengine.engine.device_slots import (
     LogitRules,
     Slots,
@@ -34,12 +34,7 @@ from jaxengine.layers.peers import create_peers, linked, own, peer_rows, peers_s
 from jaxengine.layers.pooling import pooled_sums
 from jaxengine.models import sums_over_peers
 from jaxengine.request import MAX_LOGIT_BIAS
-from jaxengine.sampling import (
-    count_tokens,
-    prompt_logprobs,
-    prompt_vocab_logprobs,
-    sample,
-)
+from jaxengine.sampling import count_tokens, prompt_logprobs, prompt_vocab_logprobs, sample
 from jaxengine.sharding import DATA, STAGE, gather, named_sharding, on_each_device
 from jaxengine.step import (
     MODES,
@@ -170,6 +165,7 @@ class Runner:
     def _submit(self, inputs: StepInputs) -> Flight:
         if inputs.kind == "mixed":
             self._prepare(self._soon(inputs))
+            self._prepare(self._later(inputs), wanted=False)
         self._write_slots(inputs.slot_writes)
         for write in inputs.logit_writes:
             self._write_rules(write)
@@ -271,13 +267,17 @@ class Runner:
                            name, key, size.temp_size_in_bytes, self.temporary_bytes)  # fmt: skip
         return program
 
-    def _prepare(self, keys: Iterable[tuple[str, tuple]]) -> None:
-        """Starts to compile what is not there yet: lowered one after another, as tracing is Python; then in threads."""
+    def _prepare(self, keys: Iterable[tuple[str, tuple]], wanted: bool = True) -> None:
+        """Starts to compile what is not there yet, in threads. Lowering is Python: where a step waits for it here, one
+        program after another, and in the threads what may come later.
+        """
         for name, key in keys:
             if (name, *key) not in self._programs and (name, *key) not in self._compiling:
-                self._compiling[name, *key] = self._compiler.submit(self._lower(name, key).compile)
+                lower = partial(self._lower, name, key, jax.tree.map(stand_in, self._arguments(name, key)))
+                compile_it = lower().compile if wanted else lambda lower=lower: lower().compile()
+                self._compiling[name, *key] = self._compiler.submit(compile_it)
 
-    def _lower(self, name: str, key: tuple) -> Any:
+    def _lower(self, name: str, key: tuple, arguments: tuple) -> Any:
         leaves, cache, whole = self.weights.specs, named_sharding(self.mesh, AXES), named_sharding(self.mesh)
         rows, tables = named_sharding(self.mesh, ("rows",)), named_sharding(self.mesh, (None, "rows"))
         each = peers_sharding(self.mesh)
@@ -301,7 +301,7 @@ class Runner:
             "write_mask": (write_mask, (0,), (rows, rows, whole), rows),
         }  # fmt: skip
         function, donated, places, out = programs[name]
-        function, arguments = partial(function, *key), self._arguments(name, key)
+        function = partial(function, *key)
         if self.mesh.size > 1:
             specs = tuple(place if place is leaves else place.spec for place in places)
             function, arguments = on_each_device(function, arguments, specs, out, self.mesh)
@@ -432,14 +432,16 @@ class Runner:
         self.compilations.mark_warm()
 
     def _soon(self, inputs: StepInputs) -> list[tuple[str, tuple]]:
-        """What a mixed step runs, and the decode step that likely follows: their first times come together."""
-        programs: list[tuple[str, tuple]] = [("write_slots", ()), ("mixed", (inputs.bucket,))]
-        if inputs.head_bucket is not None:
-            programs.append(("head", (inputs.head_bucket, inputs.mode, inputs.whole_vocab)))
-            if inputs.mode != "everything":
-                buckets = (self.buckets.decode(inputs.head_bucket.rows, steps) for steps in self.buckets.steps)
-                programs += [("decode", (bucket, inputs.mode)) for bucket in buckets]
-        return programs
+        """What a mixed step runs: their first times come together."""
+        head = [("head", (inputs.head_bucket, inputs.mode, inputs.whole_vocab))] if inputs.head_bucket else []
+        return [("write_slots", ()), ("mixed", (inputs.bucket,)), *head]
+
+    def _later(self, inputs: StepInputs) -> list[tuple[str, tuple]]:
+        """The decode steps that likely follow a mixed step."""
+        if inputs.head_bucket is None or inputs.mode == "everything":
+            return []
+        rows = inputs.head_bucket.rows
+        return [("decode", (self.buckets.decode(rows, steps), inputs.mode)) for steps in self.buckets.steps]
 
     def _all_keys(self) -> list[tuple[str, tuple]]:
         """(name, static key) of every program."""

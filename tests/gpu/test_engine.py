@@ -81,7 +81,10 @@ def test_teacher_forced_log_probabilities_in_bfloat16(shipped_model):
 def test_the_step_calls_the_kernels(shipped_model):
     with LLM(shipped_model, attention=KERNELS, **SMALL) as llm:
         keys = dict(llm._runner._all_keys())
-        texts = {name: llm._runner._lower(name, keys[name]).as_text() for name in ("decode", "mixed")}
+        texts = {
+            name: llm._runner._lower(name, keys[name], llm._runner._arguments(name, keys[name])).as_text()
+            for name in ("decode", "mixed")
+        }
     for name, kernels in {"decode": ("paged_decode", *EVERYWHERE), "mixed": ("paged_extend", *EVERYWHERE)}.items():
         for kernel in kernels:
             assert kernel in texts[name]

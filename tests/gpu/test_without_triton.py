@@ -101,5 +101,5 @@ def test_programs_of_mosaic_keep_to_the_planned_memory_and_copy_no_pool(shipped_
         check_no_pool_copies(llm._runner)
         keys = dict(llm._runner._all_keys())
         for name in ("decode", "mixed"):
-            text = llm._runner._lower(name, keys[name]).as_text()
+            text = llm._runner._lower(name, keys[name], llm._runner._arguments(name, keys[name])).as_text()
             assert "mosaic_gpu" in text and "xla.gpu.triton" not in text
