@@ -161,6 +161,7 @@ def _rope_write(
     k_pages, v_pages, qkv, cos, sin, page, offset, q_scale=None, k_scale=None, *, eps=0.0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     kv_heads = k_pages.shape[1]
+    cos, sin = jax.lax.optimization_barrier((cos, sin))  # else a CPU computes them again for every head
     q, k, v = jnp.split(qkv, [qkv.shape[1] - 2 * kv_heads, qkv.shape[1] - kv_heads], axis=1)
     if q_scale is not None:
         q, k = rms_norm(q, q_scale, eps), rms_norm(k, k_scale, eps)

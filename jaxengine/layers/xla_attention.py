@@ -1,9 +1,7 @@
-"""Paged attention in plain XLA, the default on CPU: online softmax over blocks of pages, up to the longest row's.
+"""Paged attention in plain XLA, the default on CPU: online softmax over blocks of pages, as many as the rows have.
 
 Loops with a trip count that is only known at run time are cheap on CPU, so one program serves every length.
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +9,53 @@ import jax.numpy as jnp
 from jaxengine.layers.linear import precision
 
 BLOCK_BYTES = 2**20  # of the keys that one step of the loop gathers: they stay in the processor's cache
-BLOCK_TOKENS = 128  # of each row, at most: a longer block is computed whole for a shorter row
+BLOCK_TOKENS = 128  # of these, where they are all of one row
+NOTHING = -1e30  # score of a key that is not seen
+ITEM_TOKENS, ROW_ITEMS = 32, 4  # decode: tokens of an item, at least a page; items a step of the loop, for each row
 
 
 def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, softcap=None) -> jax.Array:
-    """See pallas_kernels.paged_decode: q [R, Q, H, D], page_table [R, W], lengths [R] -> [R, Q, H, D]."""
+    """See pallas_kernels.paged_decode: q [R, Q, H, D], page_table [R, W], lengths [R] -> [R, Q, H, D].
+
+    All rows' pages are one list of items, of which each step of the loop takes some: no row waits for a longer.
+    """
     rows, queries, heads, dim = q.shape
-    kv_heads = k_pages.shape[1]
+    kv_heads, page_size = k_pages.shape[1:3]
     q = q.reshape(rows, queries, kv_heads, -1, dim).swapaxes(1, 2).reshape(rows, kv_heads, -1, dim)
-    group = q.shape[2] // queries
-    positions = lengths[:, None] - queries + jnp.arange(queries)
-    positions = jnp.repeat(positions, group, axis=1)  # [R, queries * group]
-    first: jax.Array | int = 0
+    positions = jnp.repeat(lengths[:, None] - queries + jnp.arange(queries), heads // kv_heads, axis=1)
+    per_item = max(1, ITEM_TOKENS // page_size)
+    size = per_item * page_size
+    count = max(1, min(BLOCK_BYTES // (4 * kv_heads * size * dim), ROW_ITEMS * rows))
+    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % per_item))).reshape(rows, -1, per_item)
+    first = jnp.zeros_like(lengths)  # item of each row
     if window is not None:
-        first = jnp.min(jnp.where(lengths > 0, jnp.maximum(lengths - queries + 1 - window, 0), 2**30))
-    out = _attend(q, k_pages, v_pages, page_table, positions, first, jnp.max(lengths), scale, window, softcap)
-    out = out.reshape(rows, kv_heads, queries, group, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
-    return jnp.where((lengths > 0)[:, None, None, None], out, 0)
+        first = jnp.maximum(lengths - queries + 1 - window, 0) // size
+    items = (lengths + size - 1) // size - first
+    ends = jnp.cumsum(items)
+
+    def body(i, carry):
+        out, top, total = carry
+        item = i * count + jnp.arange(count)
+        # Behind the last item come keys that the last row does not see.
+        row = jnp.minimum(jnp.searchsorted(ends, item, side="right", method="compare_all"), rows - 1)
+        own = row == jnp.arange(rows)[:, None]  # [R, items]
+        block = item - (ends - items)[row] + first[row]
+        keys = block[:, None] * size + jnp.arange(size)
+        pages = table.at[row, block].get(mode="clip")
+        scores, v = _scores(q[row], k_pages, v_pages, pages, keys, positions[row], scale, window, softcap)
+        new_top = jnp.maximum(top, jnp.where(own[..., None, None], scores.max(-1), NOTHING).max(1))
+        # Of a query that has seen nothing yet the weights are 1: they decay to 0 with the first key that it sees.
+        weight, decay = jnp.exp(scores - new_top[row][..., None]), jnp.exp(top - new_top)
+
+        def add_up(x):  # [items, ...] -> [R, ...]
+            y = _dot("ri,ix->rx", own.astype(jnp.float32), x.reshape(count, -1))
+            return y.reshape(rows, *x.shape[1:])
+
+        out = out * decay[..., None] + add_up(_dot("rhms,rhsd->rhmd", weight.astype(q.dtype), v))
+        return out, new_top, total * decay + add_up(weight.sum(-1))
+
+    out = _softmax(body, 0, (ends[-1] + count - 1) // count, q)
+    return out.reshape(rows, kv_heads, queries, -1, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
 
 
 def paged_extend(
@@ -60,41 +88,54 @@ def paged_extend(
 
 
 def _attend(q, k_pages, v_pages, table, positions, first, end, scale, window, softcap):
-    """q [R, KH, M, D] at positions [R, M] against keys first..end of each row's pages -> [R, KH, M, D]."""
-    page_size = k_pages.shape[2]
-    page_bytes = k_pages.shape[1] * page_size * k_pages.shape[3] * 4  # of a page in float32
+    """A row's q [1, KH, M, D] at positions [1, M] against keys first..end of its pages [1, W] -> [1, KH, M, D]."""
+    kv_heads, page_size, dim = k_pages.shape[1:]
     # At least two blocks: with one, XLA changes the layout of the pool, which copies all of it.
-    limits = BLOCK_BYTES // (len(q) * page_bytes), BLOCK_TOKENS // page_size, table.shape[1] // 2
+    limits = BLOCK_BYTES // (4 * kv_heads * page_size * dim), BLOCK_TOKENS // page_size, table.shape[1] // 2
     per_block = max(1, min(limits))
     block = per_block * page_size
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % per_block)))
-    dot = partial(jnp.einsum, precision=precision(q.dtype), preferred_element_type=jnp.float32)
-    shape = q.shape[:3]
 
     def body(i, carry):
         out, top, total = carry
         pages = jax.lax.dynamic_slice_in_dim(table, i * per_block, per_block, axis=1)
-        # The promise spares a comparison for every element. Keys of one head side by side are multiplied fastest.
-        k, v = (
-            pool.at[pages].get(mode="promise_in_bounds").swapaxes(1, 2).reshape(*shape[:2], block, -1).astype(q.dtype)
-            for pool in (k_pages, v_pages)
-        )
-        scores = dot("rhmd,rhsd->rhms", q, k) * scale
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        key = (i * block + jnp.arange(block))[None, None, None]
-        seen = key <= positions[:, None, :, None]
-        if window is not None:
-            seen &= key > positions[:, None, :, None] - window
-        scores = jnp.where(seen, scores, -1e30)
+        keys = i * block + jnp.arange(block)[None]
+        scores, v = _scores(q, k_pages, v_pages, pages, keys, positions, scale, window, softcap)
         new_top = jnp.maximum(top, scores.max(-1))
-        # Of a query that has seen nothing yet the weights are 1: they decay to 0 with the first key that it sees.
-        weight, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-        # Keys that no query of the row sees may be another request's, and NaN, which a weight of 0 does not stop.
-        v = jnp.where(seen.any(axis=(1, 2))[:, None, :, None], v, 0)
-        out = out * decay[..., None] + dot("rhms,rhsd->rhmd", weight.astype(q.dtype), v)
+        weight, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)  # see paged_decode
+        out = out * decay[..., None] + _dot("rhms,rhsd->rhmd", weight.astype(q.dtype), v)
         return out, new_top, total * decay + weight.sum(-1)
 
-    start = jnp.zeros(q.shape, jnp.float32), jnp.full(shape, -1e30), jnp.zeros(shape)
-    out, top, total = jax.lax.fori_loop(first // block, (end + block - 1) // block, body, start)
-    return (out * jnp.where(top > -1e30, 1 / total, 0)[..., None]).astype(q.dtype)  # 0 where no key was seen
+    return _softmax(body, first // block, (end + block - 1) // block, q)
+
+
+def _softmax(body, start, stop, q):
+    """Loops over sums of weighted values, the largest scores and sums of weights of q [R, KH, M, D] -> as q."""
+    shape = q.shape[:3]
+    carry = jnp.zeros(q.shape, jnp.float32), jnp.full(shape, NOTHING), jnp.zeros(shape)
+    out, top, total = jax.lax.fori_loop(start, stop, body, carry)
+    return (out * jnp.where(top > NOTHING, 1 / total, 0)[..., None]).astype(q.dtype)  # 0 where no key was seen
+
+
+def _scores(q, k_pages, v_pages, pages, keys, positions, scale, window, softcap):
+    """q [R, KH, M, D] at positions [R, M] against the keys [R, S] of its pages [R, P] -> scores [R, KH, M, S], and the
+    keys' values [R, KH, S, D].
+    """
+    # The promise spares a comparison for every element. Keys of one head side by side are multiplied fastest.
+    k, v = (
+        pool.at[pages].get(mode="promise_in_bounds").swapaxes(1, 2)
+        .reshape(*q.shape[:2], keys.shape[1], -1).astype(q.dtype)
+        for pool in (k_pages, v_pages)
+    )  # fmt: skip
+    scores = _dot("rhmd,rhsd->rhms", q, k) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    seen = keys[:, None, None] <= positions[:, None, :, None]
+    if window is not None:
+        seen &= keys[:, None, None] > positions[:, None, :, None] - window
+    # Keys that no query of the row sees may be another request's, and NaN, which a weight of 0 does not stop.
+    return jnp.where(seen, scores, NOTHING), jnp.where(seen.any(axis=(1, 2))[:, None, :, None], v, 0)
+
+
+def _dot(subscripts, x, y):
+    return jnp.einsum(subscripts, x, y, precision=precision(x.dtype), preferred_element_type=jnp.float32)

@@ -31,6 +31,7 @@ CONFIG = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 TOKENS = 24
+full = partial(pytest.param, marks=pytest.mark.full)
 PROMPTS = [[(7 * i + 3 * j) % 2000 for j in range(length)] for i, length in enumerate((5, 40, 130, 200, 7, 60))]
 
 
@@ -41,7 +42,7 @@ def two_layers(layer, qkv, stream, k_pages, v_pages, *others):
     return (first, after, second, last), (k_pages, v_pages)
 
 
-@pytest.mark.parametrize("shape", [LLAMA_1B, QWEN3_600M, ODD, APART, SHARED], ids=str)
+@pytest.mark.parametrize("shape", [LLAMA_1B, ODD, APART, *map(full, (QWEN3_600M, SHARED))], ids=str)
 def test_the_kernel_gives_what_its_twin_gives(shape):
     run, twin = (jax.jit(partial(two_layers, f)) for f in (kernels.decode_layer, kernels.decode_layer_reference))
     for seed, lengths in enumerate(LENGTHS):
@@ -57,7 +58,7 @@ def test_the_kernel_gives_what_its_twin_gives(shape):
             assert relative_error(got, expected) < 1e-3 < relative_error(got, before)
 
 
-@pytest.mark.parametrize("shape", [QWEN3_600M, APART], ids=str)
+@pytest.mark.parametrize("shape", [APART, full(QWEN3_600M)], ids=str)
 def test_what_is_not_a_rows_own_reaches_it_in_no_way(shape):
     """NaN in rows without a token, on the null page, and on every page from the new key on."""
     run = jax.jit(partial(two_layers, kernels.decode_layer))
@@ -130,6 +131,7 @@ def test_devices_that_do_not_split_layers(folder, axis):
     check_tokens(folder, answers(folder, steps=4, **{axis: 2}))
 
 
+@pytest.mark.full
 def test_two_engines_take_turns(folder):
     """A kernel needs all its programs at once: halves of two would wait for one another for ever."""
     greedy = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, detokenize=False)

@@ -42,6 +42,15 @@ def test_decode(case):
     assert relative_error(out, kernels.paged_decode_reference(*args, **case.options)) < TOLERANCE[case.dtype]
 
 
+def test_decode_of_rows_whose_items_are_spread_over_several_steps_of_the_loop():
+    case = Case(head_dim=16, group=3, page_size=8, lengths=(700, 3, 0, 400))
+    args = decode_inputs(case)
+    items_a_step = xla_attention.ROW_ITEMS * len(case.lengths)
+    assert items_a_step * xla_attention.ITEM_TOKENS < 700, "each row would end in the step that it begins in"
+    out = decode(*args, **case.options)
+    assert relative_error(out, kernels.paged_decode_reference(*args, **case.options)) < TOLERANCE[case.dtype]
+
+
 @pytest.mark.parametrize("case", [pytest.param(c, id=str(c), marks=pytest.mark.full if i % 4 else ())
                                   for i, c in enumerate(EXTEND)])  # fmt: skip
 def test_extend(case):
