@@ -1,7 +1,8 @@
 """A layer of a decode step of few rows in one kernel: attention, o, norm, gate and up, down, norm, the next q, k and v.
 
 At few rows a step is many short kernels, each with a start and an end in which no weights are read. In one kernel the
-weights of a product are on their way before its input is there.
+weights of a product are on their way before its input is there. Its programs wait for one another, so all of them must
+be on the card at once: processes that share one by MPS could each have a half there, for ever.
 """
 
 from functools import partial

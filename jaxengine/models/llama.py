@@ -205,8 +205,9 @@ class Model(nnx.Module):
         self, kernel: WholeLayer, x: jax.Array, inputs: AttentionInputs, cache: KVCache
     ) -> tuple[jax.Array, KVCache] | None:
         """`run_layers` with one kernel for each layer; None where it does not take the step or one of the layers."""
-        rows, alone = len(x), self.axis is None and len(inputs.page) == 1
-        if inputs.block_row is not None or rows > kernel.rows or not alone:
+        rows = len(x)
+        # Devices that split layers have their sums between its parts; layers of several cache groups have windows.
+        if inputs.block_row is not None or rows > kernel.rows or self.axis is not None or len(inputs.page) > 1:
             return None
         # The last one's next q, k and v are nobody's, and the kernel the same.
         each = [layer.weights(kernel, self.layers[(i + 1) % len(self.layers)]) for i, layer in enumerate(self.layers)]
