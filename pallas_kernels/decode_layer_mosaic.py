@@ -22,7 +22,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_layer_plan import DOWN, GATE_UP, KEYS, OUT, PRODUCTS, QKV, ROWS, Plan
 from pallas_kernels.mosaic_parts import (
-    SWIZZLE,
     WGMMA,
     load_heads,
     load_if,
@@ -36,7 +35,7 @@ from pallas_kernels.mosaic_parts import (
     store_transposed,
     wait,
 )
-from pallas_kernels.mosaic_tile import clear_beyond
+from pallas_kernels.mosaic_tile import clear_beyond, swizzled
 from pallas_kernels.paged_tile import HIDDEN, LOG2E
 
 TOGETHER = 3  # parts of a row's keys that are asked for at a time
@@ -416,7 +415,7 @@ def layer(
 ) -> tuple[Outputs, jax.Array, jax.Array, jax.Array]:
     """`decode_layer` of a plan: what it computed, and pools and counters."""
     struct, f32, dtype = jax.ShapeDtypeStruct, jnp.float32, inputs.qkv.dtype
-    smem = partial(plgpu.SMEM, dtype=dtype, transforms=SWIZZLE)
+    smem = partial(swizzled, dtype=dtype)
     outputs = Outputs(
         struct((ROWS, plan.shapes[OUT][0]), dtype),
         tuple(struct((ROWS, plan.tiles(p) * plan.width(p)), dtype) for p in PRODUCTS),

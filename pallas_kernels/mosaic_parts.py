@@ -13,9 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref
 
+from pallas_kernels.mosaic_tile import swizzle
+
 WGMMA = plgpu.Layout.WGMMA  # [64 n, m]: a thread has pairs of neighbours in a row
 LAYOUT = mgpu.WGMMA_LAYOUT
-SWIZZLE: Any = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 REF = plgpu.RefType()
 SCALAR = plgpu.Layout.WG_SPLAT(())
 THREADS = 128
@@ -187,11 +188,11 @@ def load_rows(ref: Any, column: jax.Array, width: int) -> jax.Array:
 
 
 def store_rows(smem: Any, value: jax.Array) -> None:
-    """smem [rows, width] of 16-bit values, tiled and swizzled as SWIZZLE says, = value in plain order."""
+    """smem [rows, width] of 16-bit values, as `swizzle` says, = value in plain order."""
     width = smem.shape[1]
     layout = plgpu.Layout.WG_STRIDED(value.shape, vec_size=8)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(SWIZZLE), layout))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(swizzle(smem.dtype)), layout))
     def f(_, smem, value):
         pointer = mgpu.utils.memref_ptr(smem)
         for i, row, column in _eights(width, value.registers.size):

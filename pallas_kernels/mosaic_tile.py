@@ -39,10 +39,15 @@ def check_supported(supported: bool, q, k_pages, scale: float) -> None:
         raise ValueError(f"this kernel does not take {q.shape=} {q.dtype=} {k_pages.shape=} {k_pages.dtype=} {scale=}")
 
 
-def swizzled(shape: tuple[int, ...], dtype) -> Any:
-    """Shared memory for what the tensor cores read."""
+def swizzle(dtype) -> tuple:
+    """How what the tensor cores read lies in shared memory."""
     tiling = plgpu.TilingTransform((ALIGN, SWIZZLE // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(SWIZZLE)))  # type: ignore[abstract]
+    return tiling, plgpu.SwizzleTransform(SWIZZLE)  # type: ignore[abstract]
+
+
+def swizzled(shape: tuple[int, ...], dtype) -> Any:
+    """Shared memory for it."""
+    return plgpu.SMEM(shape, dtype, transforms=swizzle(dtype))
 
 
 def multiprocessors() -> int:
