@@ -36,7 +36,7 @@ from pallas_kernels.mosaic_parts import (
     wait,
 )
 from pallas_kernels.mosaic_tile import clear_beyond, swizzled
-from pallas_kernels.paged_tile import HIDDEN, LOG2E
+from pallas_kernels.paged_tile import HIDDEN, LOG2E, div, rem
 
 TOGETHER = 3  # parts of a row's keys that are asked for at a time
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 56
@@ -104,14 +104,6 @@ class Context(NamedTuple):
     parts: jax.Array
 
 
-def _div(a, b) -> jax.Array:
-    return jax.lax.div(a, b if isinstance(b, jax.Array) else jnp.int32(b))
-
-
-def _rem(a, b) -> jax.Array:
-    return jax.lax.rem(a, b if isinstance(b, jax.Array) else jnp.int32(b))
-
-
 def _by_row(v: jax.Array, like: jax.Array) -> jax.Array:
     return jax.lax.broadcast_in_dim(v, like.shape, [0])
 
@@ -127,7 +119,7 @@ def _kernel(plan: Plan, structure: Any, *refs) -> None:
     spans, before = [], jnp.int32(0)
     for p in PRODUCTS:
         units = plan.tiles(p) * plan.blocks(p)
-        start, end = (_div((program + i) * units, plan.programs) for i in (0, 1))
+        start, end = (div((program + i) * units, plan.programs) for i in (0, 1))
         spans.append(Span(start, end - start, before))
         before += end - start
     cut = inputs.cut[0], inputs.cut[1]
@@ -144,12 +136,12 @@ def _stream_weights(c: Context) -> None:
         @pl.loop(0, count)
         def _(i, p=p, start=start, before=before):
             n, unit = before + i, start + i
-            stage = _rem(n, plan.stages)
+            stage = rem(n, plan.stages)
             pl.when(n >= plan.stages)(lambda: plgpu.barrier_wait(smem.empty.at[stage]))
-            late = _rem(n - plan.flight, plan.stages)
+            late = rem(n - plan.flight, plan.stages)
             pl.when(n >= plan.flight)(lambda: plgpu.barrier_wait(smem.weights_full.at[late]))
-            rows = pl.ds(_rem(unit, plan.blocks(p)) * plan.depth, plan.depth)
-            first = _div(unit, plan.blocks(p)) * plan.width(p)
+            rows = pl.ds(rem(unit, plan.blocks(p)) * plan.depth, plan.depth)
+            first = div(unit, plan.blocks(p)) * plan.width(p)
             for j in range(plan.columns // 64):
                 side, column = divmod(64 * j, plan.width(p))  # the second side is that of up
                 source = c.inputs.weights[p].at[rows, pl.ds(side * plan.inner + first + column, 64)]
@@ -160,7 +152,7 @@ def _stream_inputs(c: Context) -> None:
     plan, smem, done = c.plan, c.scratch, c.counters
     plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
     # Layers before this one. Nobody adds to that counter before all have read it, as all have a part in gate and up.
-    layers = _div(done[DOWN + 1], plan.tiles(DOWN))
+    layers = div(done[DOWN + 1], plan.tiles(DOWN))
     _for_items(c, partial(_copy_keys, c))
     wait(done.at[0], (layers + 1) * (c.rows * plan.kv_heads))
     for p, (start, count, before) in enumerate(c.spans):
@@ -169,11 +161,11 @@ def _stream_inputs(c: Context) -> None:
         source = c.out.products[p - 1] if p else c.out.attended
 
         def load(i, p=p, start=start, count=count, source=source):
-            block = _rem(start + jnp.minimum(i, count - 1), plan.blocks(p))
+            block = rem(start + jnp.minimum(i, count - 1), plan.blocks(p))
             return load_rows(source, block * plan.depth, plan.depth)
 
         def copy(i, value, before=before, load=load):
-            stage, following = _rem(before + i, plan.stages), load(i + 1)
+            stage, following = rem(before + i, plan.stages), load(i + 1)
             pl.when(before + i >= plan.stages)(lambda: plgpu.barrier_wait(smem.empty.at[stage]))
             store_rows(smem.inputs.at[stage], value)
             plgpu.commit_smem()
@@ -200,15 +192,15 @@ def _for_items(c: Context, function) -> None:
 
     def body(i, before):
         number = i * plan.programs + c.program
-        real, part = number < items, _rem(number, c.parts)
-        row = jnp.where(real, _div(number, plan.kv_heads * c.parts), 0)
-        head = _rem(_div(number, c.parts), plan.kv_heads)
-        tiles = jnp.where(real, _div(c.inputs.lengths[row] - 1 + KEYS - 1, KEYS), 0)
-        start, end = _div(part * tiles, c.parts), _div((part + 1) * tiles, c.parts)
+        real, part = number < items, rem(number, c.parts)
+        row = jnp.where(real, div(number, plan.kv_heads * c.parts), 0)
+        head = rem(div(number, c.parts), plan.kv_heads)
+        tiles = jnp.where(real, div(c.inputs.lengths[row] - 1 + KEYS - 1, KEYS), 0)
+        start, end = div(part * tiles, c.parts), div((part + 1) * tiles, c.parts)
         pl.when(real)(lambda: function(Item(number, row, head, part, start, end, before)))
         return before + end - start
 
-    jax.lax.fori_loop(jnp.int32(0), _div(items + (plan.programs - 1), plan.programs), body, jnp.int32(0))
+    jax.lax.fori_loop(jnp.int32(0), div(items + (plan.programs - 1), plan.programs), body, jnp.int32(0))
 
 
 def _copy_keys(c: Context, item: Item) -> None:
@@ -217,7 +209,7 @@ def _copy_keys(c: Context, item: Item) -> None:
     @pl.loop(item.start, item.end)
     def _(tile):
         n = item.before + tile - item.start
-        stage = _rem(n, plan.kv_stages)
+        stage = rem(n, plan.kv_stages)
         pl.when(n >= plan.kv_stages)(lambda: plgpu.barrier_wait(smem.kv_empty.at[stage]))
         for j in range(KEYS // plan.page_size):
             column = tile * (KEYS // plan.page_size) + j
@@ -282,7 +274,7 @@ def _attend(c: Context, item: Item) -> None:
 
     def body(tile, carry):
         result, top, total = carry
-        stage, left = _rem(item.before + tile - item.start, plan.kv_stages), old - tile * KEYS
+        stage, left = rem(item.before + tile - item.start, plan.kv_stages), old - tile * KEYS
         plgpu.barrier_wait(smem.kv_full.at[stage])
         clear_beyond(smem.values.at[stage], left, True)
 
@@ -334,7 +326,7 @@ def _attend(c: Context, item: Item) -> None:
                 highest, weights = new, weights * mine + its_total * its
             return summed, highest, weights
 
-        groups = _div(c.parts - 1 + TOGETHER - 1, TOGETHER)
+        groups = div(c.parts - 1 + TOGETHER - 1, TOGETHER)
         summed, _, weights = jax.lax.fori_loop(jnp.int32(0), groups, add, (result, top, total))
         summed = (summed * _by_row(1 / weights, summed)).astype(dtype)
         store_heads(out.attended.at[item.row], item.head * group * dim, summed, group)
@@ -346,7 +338,7 @@ def _multiply(c: Context, p: int) -> None:
     blocks, end = plan.blocks(p), start + count
     norm = {OUT: 0, DOWN: 1}.get(p)  # which of the norms follows
 
-    @pl.loop(_div(start, blocks), _div(end - 1, blocks) + 1)
+    @pl.loop(div(start, blocks), div(end - 1, blocks) + 1)
     def _(tile):
         first, last = jnp.maximum(start, tile * blocks), jnp.minimum(end, (tile + 1) * blocks)
         columns = pl.ds(tile * plan.width(p), plan.width(p))
@@ -356,7 +348,7 @@ def _multiply(c: Context, p: int) -> None:
 
         def product(accumulator):
             def step(unit):
-                stage = _rem(before + unit - start, plan.stages)
+                stage = rem(before + unit - start, plan.stages)
                 plgpu.barrier_wait(smem.weights_full.at[stage])
                 plgpu.barrier_wait(smem.inputs_full.at[stage])
                 for j in range(plan.columns // 64):
@@ -382,7 +374,7 @@ def _multiply(c: Context, p: int) -> None:
         @pl.when(owned)
         def _():
             # The program of the tile's last unit tells how many others there are.
-            others = _div((tile + 1) * blocks * plan.programs - 1, plan.tiles(p) * blocks) - c.program
+            others = div((tile + 1) * blocks * plan.programs - 1, plan.tiles(p) * blocks) - c.program
             pl.when(others > 0)(lambda: wait(parts, others, take=True))
             numbers = [jnp.minimum(c.program + 1 + i, plan.programs - 1) for i in range(plan.others(p))]
             more = [load_if(out.tile_sums.at[p, number], i < others) for i, number in enumerate(numbers)]

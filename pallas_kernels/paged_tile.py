@@ -44,12 +44,12 @@ def check_tuning(powers_of_two: dict[str, int], positive: dict[str, int]) -> Non
             raise ValueError(f"{name}={value} must be at least 1")
 
 
-def div(x: jax.Array, n: int) -> jax.Array:
+def div(x: jax.Array, n: int | jax.Array) -> jax.Array:
     """x // n for x >= 0, without the code that negative numbers need."""
     return jax.lax.div(x, jnp.int32(n))
 
 
-def rem(x: jax.Array, n: int) -> jax.Array:
+def rem(x: jax.Array, n: int | jax.Array) -> jax.Array:
     """x % n for x >= 0."""
     return jax.lax.rem(x, jnp.int32(n))
 
