@@ -31,6 +31,8 @@ PAGE_SIZE, PROMPT, VOCAB, TOKEN = 16, 128, 128256, 5
 class NoDevice:
     """Draws the same token for every row, at once."""
 
+    compiling = False
+
     def __init__(self, rows: int):
         self._outputs = StepOutputs(np.full((rows, 1), TOKEN, np.int32))
 

@@ -12,10 +12,11 @@ import jax
 
 from jaxengine.config import EngineConfig, ModelConfig, ParamRule
 from jaxengine.engine.batch import Buckets, bucket_sizes
+from jaxengine.engine.compilations import COMPILERS
 from jaxengine.engine.engine import Engine
 from jaxengine.engine.lockstep import Follower, Leader, runner_commands
 from jaxengine.engine.loop import EngineLoop
-from jaxengine.engine.runner import COMPILERS, Runner
+from jaxengine.engine.runner import Runner
 from jaxengine.engine.scheduler import Scheduler
 from jaxengine.engine.shards import together
 from jaxengine.errors import ConfigError
@@ -76,7 +77,7 @@ class Parts:
 
 def assemble(*, config: EngineConfig, **given: Any) -> Parts:
     """See `_assemble`. Raises what LLM says."""
-    _set_compilation_cache(config.compilation_cache)
+    program_folder = _set_compilation_cache(config.compilation_cache)
     if config.mesh is None:
         mesh = create_mesh(
             config.tensor_parallel_size, config.data_parallel_size, expert=config.expert_parallel_size,
@@ -89,7 +90,7 @@ def assemble(*, config: EngineConfig, **given: Any) -> Parts:
     config = replace(config, **sizes, pipeline_parallel_size=mesh.shape[STAGE])  # also where a user's mesh says them
     processes = connect() if mesh.is_multi_process else None
     try:
-        return _assemble(mesh, processes, config=config, **given)
+        return _assemble(mesh, processes, program_folder, config=config, **given)
     except BaseException as error:
         if processes is not None:
             processes.fail(f"{type(error).__name__}: {error}")
@@ -99,6 +100,7 @@ def assemble(*, config: EngineConfig, **given: Any) -> Parts:
 def _assemble(
     mesh: jax.sharding.Mesh,
     processes: Processes | None,
+    program_folder: Path | None,
     *,
     model: Any,
     tokenizer: str | os.PathLike | None,
@@ -156,7 +158,8 @@ def _assemble(
     own = Runner(
         config, checkpoint.config, params, groups=groups, num_pages=num_pages, buckets=buckets,
         max_model_len=sizes.max_model_len, prompt_chunk=sizes.prompt_chunk, cache_dtype=config.kv_cache_dtype,
-        attention=config.attention, temporary_bytes=temporary, mesh=mesh, borrowed=borrowed,
+        attention=config.attention, temporary_bytes=temporary, mesh=mesh, program_folder=program_folder,
+        borrowed=borrowed,
     )  # fmt: skip
     leader = Leader(own, processes) if processes is not None and processes.rank == 0 else None
     runner = leader or own
@@ -270,14 +273,18 @@ def _load_weights(checkpoint: Checkpoint, config: EngineConfig, mesh: jax.shardi
         return load_prepared(checkpoint, config, mesh, progress, remedy)
 
 
-def _set_compilation_cache(choice: bool | str | Path) -> None:
-    """Where compiled programs are kept between processes. A setting of the whole process: one that is there stays."""
+def _set_compilation_cache(choice: bool | str | Path) -> Path | None:
+    """Where compiled programs are kept between processes. A setting of the whole process: one that is there stays.
+
+    Returns the folder for the engine's own programs: in a cache that is jax's by the user's setting there is none.
+    """
     if choice is False:
-        return
+        return None
     if choice is True:
-        if jax.config.jax_compilation_cache_dir is not None:
-            return
         choice = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jaxengine" / "jax"
+        if jax.config.jax_compilation_cache_dir not in (None, str(choice)):
+            return None
     jax.config.update("jax_compilation_cache_dir", str(choice))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return None if "://" in str(choice) else Path(choice) / "programs"

@@ -161,6 +161,7 @@ class FakeRunner:
         self.steps = self.resets = self.max_flying = self.chunks = self.failures = self.most_steps = 0
         self.kinds: set[tuple] = set()
         self.weights = 0
+        self.compiling = False
         self.reset()
 
     def reset(self) -> None:

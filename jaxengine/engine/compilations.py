@@ -1,9 +1,63 @@
-"""What programs are compiled for, and how often the process compiled: after warm-up, a fault."""
+"""Compiling programs, in threads, and how often the process compiled: after warm-up, a fault."""
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import jax
 import jax.monitoring
+
+from jaxengine.engine.program_store import ProgramStore
+
+COMPILERS = 2  # programs compiled beside one another: each takes memory of the device, see memory.compiling_bytes
+
+
+class Compiler:
+    """Programs by name and key that are being compiled, or wait to be taken."""
+
+    def __init__(self, store: ProgramStore | None):
+        self.waiting: dict[tuple, Future] = {}
+        self._store = store
+        self._threads = ThreadPoolExecutor(COMPILERS, thread_name_prefix="jaxengine-compile")
+        # jax keeps what it has traced for the next program: of two at a time, each would depend on which is first.
+        self._lowering = Lock()
+
+    @property
+    def busy(self) -> bool:
+        return any(not future.done() for future in self.waiting.values())
+
+    def start(
+        self, name: str, key: tuple, lower: Callable[..., Any], arguments: tuple, wanted: bool, depends_on: Any
+    ) -> None:
+        """Starts to make the program that `lower(arguments)` gives. Lowering is Python: it is done here if a step waits
+        for the program (`wanted`), else in a thread. `depends_on`: what `lower` reads that the store knows nothing of.
+        """
+        arguments = jax.tree.map(stand_in, arguments)
+        lowered = partial(self._lower, lower, arguments)
+        if self._store is None:
+            make = lowered().compile if wanted else lambda: lowered().compile()
+        else:
+            place = self._store.place(name, (key, depends_on), arguments)
+            if wanted and not place.exists():
+                lowered = partial(lambda program: program, lowered())
+            make = partial(self._store.get, place, lowered)
+        self.waiting[name, *key] = self._threads.submit(make)
+
+    def _lower(self, lower: Callable[..., Any], arguments: tuple) -> Any:
+        with self._lowering:
+            return lower(arguments)
+
+    def take(self, name: str, key: tuple) -> Any:
+        """Waits for the program. Raises what compiling it raised."""
+        return self.waiting.pop((name, *key)).result()
+
+    def close(self, wait: bool = False) -> None:
+        """What has not begun never will."""
+        self._threads.shutdown(wait=wait, cancel_futures=not wait)
+        if not wait:
+            self.waiting = {}
 
 
 def stand_in(argument: Any) -> Any:

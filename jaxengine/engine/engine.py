@@ -34,6 +34,8 @@ class Flight(Protocol):
 
 
 class Runner(Protocol):
+    @property
+    def compiling(self) -> bool: ...
     def submit(self, inputs: StepInputs) -> Flight: ...
     def reset(self) -> None: ...
 
@@ -134,7 +136,9 @@ class Engine:
         self._expire()
         try:
             self._change_weights()
-            started = not self.asleep and self._start()
+            # While programs are compiled a step may wait for one: what the device has done meanwhile is told before.
+            held = bool(self._steps) and self.runner.compiling
+            started = not self.asleep and not held and self._start()
             if self._steps and (len(self._steps) > self.steps_in_flight or not started):
                 self._commit(self._steps[0])
         except _DeviceFailure as failure:

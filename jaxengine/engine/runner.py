@@ -5,8 +5,9 @@ The runner's only inputs are StepInputs and a few commands. Programs take flat l
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.batch import Buckets
-from jaxengine.engine.compilations import CompilationCounter, stand_in
+from jaxengine.engine.compilations import CompilationCounter, Compiler
 from jaxengine.engine.device_slots import (
     LogitRules,
     Slots,
@@ -27,6 +28,8 @@ from jaxengine.engine.device_slots import (
     write_slots,
 )
 from jaxengine.engine.device_weights import DeviceWeights
+from jaxengine.engine.flight import Flight
+from jaxengine.engine.program_store import ProgramStore
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
 from jaxengine.layers import pipeline
 from jaxengine.layers.attention import AttentionInputs, Implementation
@@ -43,33 +46,13 @@ from jaxengine.step import (
     LogitWrite,
     SlotWrite,
     StepInputs,
-    StepOutputs,
     packed_size,
     unpack,
 )
 
 logger = logging.getLogger(__name__)
 SLOT_BATCH = 8  # slots written by one call
-COMPILERS = 2  # programs compiled beside one another: each takes memory of the device, see memory.compiling_bytes
 CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
-
-
-class Flight:
-    """A step on its way: results are being copied to the host while others are computed."""
-
-    def __init__(self, arrays: Mapping[str, Any], prompt_vocab: Sequence[np.ndarray], order: np.ndarray | None):
-        self._arrays, self._prompt_vocab, self._order = arrays, prompt_vocab, order
-        for array in jax.tree.leaves(arrays):
-            array.copy_to_host_async()
-
-    def result(self) -> StepOutputs:
-        """Waits for the device. Raises what the device raised."""
-        host: dict[str, Any] = jax.tree.map(np.asarray, dict(self._arrays))
-        if self._order is not None:
-            host |= {name: host[name][self._order] for name in host.keys() - {"prompt", "pooled"}}
-        tokens = host.pop("tokens", np.zeros(0, np.int32))
-        tokens = tokens if tokens.ndim == 2 else tokens[:, None]
-        return StepOutputs(tokens, **host, prompt_vocab=self._prompt_vocab)
 
 
 class Runner:
@@ -90,9 +73,12 @@ class Runner:
         attention: str,
         temporary_bytes: int,
         mesh: Mesh,
+        program_folder: Path | None = None,
         borrowed: bool = False,
     ):
-        """`borrowed`: somebody else may delete `params`; each step looks before it reads them."""
+        """`borrowed`: somebody else may delete `params`; each step looks before it reads them. `program_folder`: where
+        compiled programs are kept.
+        """
         self.config, self.model, self.mesh, self.buckets = config, model, mesh, buckets
         self.groups, self.num_pages, self.cache_dtype = groups, num_pages, cache_dtype
         self.attention = cast(Implementation, attention)
@@ -107,8 +93,7 @@ class Runner:
         self._peer_rows = min(buckets.rows[-1], peer_rows(mesh, self._row_bytes)) if uses_peers else 0
         self._gathers = self.shards > 1 and mesh.is_multi_process  # else a process could not read all shards' results
         self._programs: dict[tuple, Any] = {}
-        self._compiling: dict[tuple, Future] = {}
-        self._compiler = ThreadPoolExecutor(COMPILERS, thread_name_prefix="jaxengine-compile")
+        self._compiler = Compiler(self._store(program_folder))
         self.compilations = CompilationCounter()
         self.reset()
 
@@ -147,8 +132,8 @@ class Runner:
     def close(self) -> None:
         """Frees the device memory that the engine made; parameters are freed when their owner drops them."""
         self.sleep(2)
-        self._compiler.shutdown(wait=False, cancel_futures=True)
-        self._programs, self._compiling = {}, {}
+        self._compiler.close()
+        self._programs = {}
         self.compilations.close()
 
     # -- one step
@@ -259,7 +244,7 @@ class Runner:
     def _program(self, name: str, key: tuple) -> Any:
         """The compiled program; says when it needs more memory than was planned for."""
         self._prepare([(name, key)])
-        program = self._programs.get((name, *key)) or self._compiling.pop((name, *key)).result()
+        program = self._programs.get((name, *key)) or self._compiler.take(name, key)
         self._programs[name, *key] = program
         size = program.memory_analysis()
         if size is not None and size.temp_size_in_bytes > self.temporary_bytes:
@@ -268,14 +253,24 @@ class Runner:
         return program
 
     def _prepare(self, keys: Iterable[tuple[str, tuple]], wanted: bool = True) -> None:
-        """Starts to compile what is not there yet, in threads. Lowering is Python: where a step waits for it here, one
-        program after another, and in the threads what may come later.
-        """
+        """Starts to compile what is not there yet."""
         for name, key in keys:
-            if (name, *key) not in self._programs and (name, *key) not in self._compiling:
-                lower = partial(self._lower, name, key, jax.tree.map(stand_in, self._arguments(name, key)))
-                compile_it = lower().compile if wanted else lambda lower=lower: lower().compile()
-                self._compiling[name, *key] = self._compiler.submit(compile_it)
+            if (name, *key) not in self._programs and (name, *key) not in self._compiler.waiting:
+                lower, arguments = partial(self._lower, name, key), self._arguments(name, key)
+                self._compiler.start(name, key, lower, arguments, wanted, self.buckets)
+
+    @property
+    def compiling(self) -> bool:
+        """Whether a step may have to wait for a program."""
+        return self._compiler.busy
+
+    def _store(self, folder: Path | None) -> ProgramStore | None:
+        """Not on a CPU, which lowers quickly and writes badly what it has from jax's own cache."""
+        if folder is None or self.mesh.is_multi_process or self.mesh.devices.flat[0].platform != "gpu":
+            return None
+        config = replace(self.config, mesh=None, compilation_cache=True, seed=0)  # of these programs know nothing
+        closed_over = config, self.model, self.groups, self.max_model_len, self.prompt_chunk, self.attention
+        return ProgramStore(folder, self.mesh.devices, (*closed_over, self._peer_rows, self._row_bytes))
 
     def _lower(self, name: str, key: tuple, arguments: tuple) -> Any:
         leaves, cache, whole = self.weights.specs, named_sharding(self.mesh, AXES), named_sharding(self.mesh)

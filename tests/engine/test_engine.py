@@ -230,3 +230,17 @@ def test_a_request_that_the_sink_refuses_leaves_nothing_behind(monkeypatch):
     assert not engine.has_work
     engine.add(make_request(0, [1]))
     finish(engine)
+
+
+def test_while_programs_are_compiled_no_result_waits_for_the_next_step():
+    engine = make_engine(flights=1)
+    request = make_request("a", [1, 2, 3], max_tokens=4)
+    request.watched = True
+    engine.add(request)
+    engine.runner.compiling = True
+    assert not engine.step() and len(engine.runner.flying) == 1
+    assert engine.step() == [request] and request.sequences[0].num_output == 1 and engine.runner.steps == 1
+    engine.runner.compiling = False
+    while engine.has_work:
+        engine.step()
+    assert request.finished and engine.runner.max_flying == 2

@@ -40,15 +40,15 @@ def test_a_copied_pool_is_found(runner):
 
 
 def test_a_second_process_compiles_nothing(tmp_path):
-    check_second_process_compiles_nothing(model_folder(), tmp_path, "xla", **OPTIONS)
+    check_second_process_compiles_nothing(model_folder(), tmp_path, "xla", stored=False, **OPTIONS)
 
 
 def test_the_decode_step_is_compiled_beside_the_first_prompts():
     params = SamplingParams(temperature=0, max_tokens=1)
     with LLM(model_folder(), steps_per_call=2, **OPTIONS) as llm:
         llm.generate([[5, 6, 7]], params, use_tqdm=False)
-        assert [key[0] for key in llm._runner._compiling] == ["decode", "decode"]
+        assert [key[0] for key in llm._runner._compiler.waiting] == ["decode", "decode"]
         assert not any(key[0] == "decode" for key in llm._runner._programs)
         llm.generate([[5, 6, 7]], replace(params, max_tokens=4), use_tqdm=False)
-        assert not llm._runner._compiling
+        assert not llm._runner._compiler.waiting
         assert sorted(key[0] for key in llm._runner._programs) == ["decode", "decode", "head", "mixed", "write_slots"]

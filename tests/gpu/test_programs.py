@@ -54,5 +54,5 @@ def test_a_copied_pool_is_found(runner, name):
 def test_a_second_process_compiles_nothing(shipped_model, tmp_path):
     """The pages are planned from the free memory, as in production: a pool of another size would be compiled again."""
     check_second_process_compiles_nothing(
-        shipped_model, tmp_path, "triton", dtype="bfloat16", gpu_memory_utilization=0.2, **LIMITS
+        shipped_model, tmp_path, "triton", stored=True, dtype="bfloat16", gpu_memory_utilization=0.2, **LIMITS
     )
