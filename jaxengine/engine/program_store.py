@@ -45,6 +45,8 @@ class ProgramStore:
         """The program that lies there, else the one that `lower` gives, which is put there."""
         if place.exists():
             try:
+                if self._devices[0].platform == "gpu":  # says where the runtime of Mosaic's kernels lies
+                    import jax.experimental.mosaic.gpu  # noqa: F401
                 program, takes, gives = pickle.loads(place.read_bytes())
                 return deserialize_and_load(program, takes, gives, execution_devices=self._devices)
             except Exception as error:  # whatever a damaged file leads to
