@@ -76,4 +76,15 @@ def create_cache(groups: Sequence[CacheGroup], pages: Sequence[int], page_size: 
 def write_pages(pool: jax.Array, values: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
     """`values` [tokens, kv_heads, head_dim] into `pool` at (page, offset), both int32 [tokens]; page 0 is dropped."""
     page = jnp.where(page == 0, pool.shape[0], page)  # out of range, which mode="drop" skips
-    return pool.at[page, :, offset].set(values.astype(pool.dtype), mode="drop", unique_indices=True)
+    if pool.dtype.itemsize > 1:
+        return pool.at[page, :, offset].set(values.astype(pool.dtype), mode="drop", unique_indices=True)
+    from pallas_kernels.paged_tile import as_bits, stored  # takes time to import, which other caches need not pay
+
+    bits = as_bits(stored(values, pool.dtype))
+    return as_bits(pool).at[page, :, offset].set(bits, mode="drop", unique_indices=True).view(pool.dtype)
+
+
+def read_pages(pool: jax.Array, pages: jax.Array) -> jax.Array:
+    """pool[pages], int32 `[...]` -> `[..., kv_heads, page_size, head_dim]`; no page may be out of range."""
+    bits = pool.view(jnp.uint8) if pool.dtype.itemsize == 1 else pool  # see paged_tile.as_bits
+    return bits.at[pages].get(mode="promise_in_bounds").view(pool.dtype)  # the promise spares a comparison for each

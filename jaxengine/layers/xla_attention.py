@@ -6,6 +6,7 @@ Loops with a trip count that is only known at run time are cheap on CPU, so one 
 import jax
 import jax.numpy as jnp
 
+from jaxengine.kv_cache import read_pages
 from jaxengine.layers.linear import precision
 
 BLOCK_BYTES = 2**20  # of the keys that one step of the loop gathers: they stay in the processor's cache
@@ -121,9 +122,9 @@ def _scores(q, k_pages, v_pages, pages, keys, positions, scale, window, softcap)
     """q [R, KH, M, D] at positions [R, M] against the keys [R, S] of its pages [R, P] -> scores [R, KH, M, S], and the
     keys' values [R, KH, S, D].
     """
-    # The promise spares a comparison for every element. Keys of one head side by side are multiplied fastest.
+    # Keys of one head side by side are multiplied fastest.
     k, v = (
-        pool.at[pages].get(mode="promise_in_bounds").swapaxes(1, 2)
+        read_pages(pool, pages).swapaxes(1, 2)
         .reshape(*q.shape[:2], keys.shape[1], -1).astype(q.dtype)
         for pool in (k_pages, v_pages)
     )  # fmt: skip
