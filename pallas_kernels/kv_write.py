@@ -37,7 +37,8 @@ def kv_write(
     """The pools with token t's k[t], v[t] `[KH, D]` at page[t], offset[t]; a token of page 0 is dropped.
 
     Pools [pages, KH, page_size, D], updated in place where the caller donates them; k, v [T, KH, D], cast to the
-    pools' dtypes (see `paged_tile.stored`); page, offset [T] int32. No two tokens may share a slot. ValueError for shapes that do not fit.
+    pools' dtypes, of 8 bits as `paged_tile.stored` says; page, offset [T] int32. No two tokens may share a slot.
+    ValueError for shapes that do not fit.
     """
     _check(k_pages, v_pages, k, v, page, offset)
     triton_tile.check_offsets(k_pages, v_pages)

@@ -71,8 +71,9 @@ def paged_decode(
     """Causal attention of the last Q tokens of each row to the row's first `lengths[r]` keys.
 
     q [R, Q, H, D], Q from 1 to 8: query j of row r stands at position lengths[r] - Q + j. Pools [pages, KH, page_size,
-    D], H a multiple of KH, also of floats of 8 bits, which become q's dtype. page_table [R, W] int32; lengths [R] int32, at most W * page_size. A query sees the last
-    `window` keys, its own included. Entries of the table outside a row's window and length are not used.
+    D], H a multiple of KH; floats of 8 bits become q's dtype. page_table [R, W] int32; lengths [R] int32, at most
+    W * page_size. A query sees the last `window` keys, its own included. Entries of the table outside a row's window
+    and length are not used.
     Returns [R, Q, H, D] in q's dtype; zeros for a row of length 0. ValueError for shapes that do not fit.
     tuning: a TuningConfig of this file, the default, or of `paged_decode_mosaic`, which also names the kernel.
     """

@@ -41,8 +41,7 @@ def stored(values: jax.Array, dtype) -> jax.Array:
 
 
 def as_bits(pool: jax.Array) -> jax.Array:
-    """A pool of floats of 8 bits as bytes: XLA scatters such floats, and may gather them, by way of a copy of all in 16.
-    """
+    """A pool of floats of 8 bits as bytes, since XLA scatters and gathers such floats by way of all of them in 16."""
     return pool.view(jnp.uint8) if pool.dtype in FLOAT8 else pool
 
 

@@ -165,8 +165,7 @@ def naive_stored(values: np.ndarray, dtype) -> np.ndarray:
 
 
 def write_inputs(case: Case, tokens: int, seed: int = 0) -> tuple:
-    """Arguments of kv_write: random slots, every third token dropped. Pools of 8 bits get values that they cannot hold.
-    """
+    """Arguments of kv_write: random slots, every third token dropped; pools of 8 bits get what they cannot hold."""
     rng, dtype, cache = np.random.default_rng(seed), jnp.dtype(case.dtype), jnp.dtype(case.cache or case.dtype)
     pool_shape = (2 + tokens // case.page_size, case.kv_heads, case.page_size, case.head_dim)
     k_pages, v_pages = (rng.standard_normal(pool_shape).astype(cache) for _ in range(2))
