@@ -113,8 +113,8 @@ def plan_pages(
 
 
 def _numbered(count: int, group: CacheGroup, sizes: Sizes, cache_dtype: str) -> int:
-    """So many pages, or fewer where a layer's pool would be of a size that Triton's kernels refuse: 2 to 4 GiB of single
-    bytes, see pallas_kernels.triton_tile.check_offsets.
+    """So many pages, or fewer where a layer's pool would have a size that Triton's kernels refuse: single bytes of 2 to
+    4 GiB, see pallas_kernels.triton_tile.check_offsets.
     """
     page = group.kv_heads * sizes.page_size * group.head_dim
     refused = jnp.dtype(cache_dtype).itemsize == 1 and 2**31 < count * page <= 2**32

@@ -48,8 +48,8 @@ def rope_write(
     `eps` and multiplied by q_scale, k_scale [D], where given; then dimension i of a head turns together with i + P by
     the angle whose cos, sin [T, P] float32 are given (Su et al. 2021), dimensions from 2 P on stay. Token t goes to
     page[t], offset[t], int32 [T], in pools [pages, KH, page_size, D], as by `kv_write`, updated in place where the
-    caller donates them; a token of page 0 is dropped. No two tokens may share a slot. Returns q [T, H, D] in qkv's dtype and
-    the pools.
+    caller donates them; a token of page 0 is dropped. No two tokens may share a slot. Returns q [T, H, D] in qkv's
+    dtype and the pools.
     ValueError for shapes that do not fit.
     """
     _check(k_pages, v_pages, qkv, cos, sin, page, offset, q_scale, k_scale)

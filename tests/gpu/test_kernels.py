@@ -5,6 +5,7 @@ All programs compile at once, in threads, before the first comparison.
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,7 @@ GROUPED = pairwise(
     {"dtype": ["bfloat16", "float16", "float32"], "size_in": [100, 256, 2048], "size_out": [72, 768], "count": [1, 2],
      "sizes": [(1, 0, 3, 0, 0, 2), (0,) * 60 + (2,) + (1, 0) * 30, (300, 0, 17, 128, 1, 640), (16, 15, 17) * 20]}
 )  # fmt: skip
+NONE = SimpleNamespace(params={})  # of a test without parameters
 TUNED = Case(head_dim=128, group=4, dtype="bfloat16", window=500, lengths=(0, 1, 700, 30))
 TUNINGS = [DecodeTuning(size, parts, num_warps=4, min_part=size) for size in (16, 64) for parts in (1, 2, 7)]
 
@@ -142,11 +144,13 @@ def compare_activation(activation: str, dtype: str) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def comparisons() -> dict[tuple, Future]:
+def comparisons(request) -> dict[tuple, Future]:
+    """Of the tests that run: `-k` need not wait for others."""
+    asked = [value for item in request.session.items for value in getattr(item, "callspec", NONE).params.values()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = {which: pool.submit(compare, *which, seed) for seed, which in enumerate(CASES)}
-        found |= {which: pool.submit(compare_activation, *which) for which in ACTIVATED}
-        found |= {tuple(case.items()): pool.submit(compare_grouped, case) for case in GROUPED}
+        found = {which: pool.submit(compare, *which, seed) for seed, which in enumerate(CASES) if which in asked}
+        found |= {which: pool.submit(compare_activation, *which) for which in ACTIVATED if which[0] in asked}
+        found |= {tuple(case.items()): pool.submit(compare_grouped, case) for case in GROUPED if case in asked}
         return found | {tuning: pool.submit(compare, "paged_decode", TUNED, 0, tuning=tuning) for tuning in TUNINGS}
 
 
