@@ -64,12 +64,8 @@ def kv_write_reference(
 ) -> tuple[jax.Array, jax.Array]:
     """The same as `kv_write` in plain jax.numpy."""
     page = jnp.where(page == 0, k_pages.shape[0], page)  # out of range, which mode="drop" skips
-
-    def written(pool, values):
-        bits = tile.as_bits(tile.stored(values, pool.dtype))
-        return tile.as_bits(pool).at[page, :, offset].set(bits, mode="drop").view(pool.dtype)
-
-    return written(k_pages, k), written(v_pages, v)
+    k_pages = k_pages.at[page, :, offset].set(tile.stored(k, k_pages.dtype), mode="drop")
+    return k_pages, v_pages.at[page, :, offset].set(tile.stored(v, v_pages.dtype), mode="drop")
 
 
 def _check(k_pages, v_pages, k, v, page, offset) -> None:

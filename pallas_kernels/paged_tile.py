@@ -40,11 +40,6 @@ def stored(values: jax.Array, dtype) -> jax.Array:
     return values.astype(dtype)
 
 
-def as_bits(pool: jax.Array) -> jax.Array:
-    """A pool of floats of 8 bits as bytes, since XLA scatters and gathers such floats by way of all of them in 16."""
-    return pool.view(jnp.uint8) if pool.dtype in FLOAT8 else pool
-
-
 def on_mosaic_card() -> bool:
     """Whether the program is for a card that gets the kernels in Mosaic GPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
