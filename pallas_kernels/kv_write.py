@@ -99,5 +99,5 @@ def _kernel(
         d = jnp.arange(pl.next_power_of_2(dim))[None, :]
         mask = (head < kv_heads) & (d < dim)
         for new_ref, out_ref in ((k_ref, k_out_ref), (v_ref, v_out_ref)):
-            new = plt.load(new_ref.at[token, head, d], mask=mask, other=0)
+            new = plt.load(new_ref.at[token, head, d], mask=mask, other=jnp.zeros((), new_ref.dtype))
             plt.store(out_ref.at[page, head, offset, d], tile.stored(new, out_ref.dtype), mask=mask)

@@ -216,7 +216,7 @@ def test_large_pools(gigabytes, cache):
     page = np.repeat(np.arange(shift + 1, pages - 1, dtype=np.int32), 16)
     offset = np.arange(page.size, dtype=np.int32) % 16
     k_pages, v_pages = (jnp.zeros((pages, 8, 16, 128), k.dtype) for _ in range(2))
-    new = [pool[1:-1].swapaxes(1, 2).reshape(-1, 8, 128) for pool in (k, v)]
+    new = [pool[1:-1].swapaxes(1, 2).reshape(-1, 8, 128).astype(q.dtype) for pool in (k, v)]
     write = jax.jit(kernels.kv_write, donate_argnums=(0, 1)).lower(k_pages, v_pages, *new, page, offset).compile()
     assert "copy(" not in write.as_text(), "the pools are written in place"
     k_pages, v_pages = write(k_pages, v_pages, *new, page, offset)
