@@ -232,7 +232,7 @@ def _kernel(
         index = (query[:, None], q_head[:, None], d[None, :])
         real = query < queries
         mask = real[:, None] & (d < dim)[None, :]
-        q = plt.load(q_ref.at[(row, *index)], mask=mask, other=0)
+        q = triton_tile.operand(plt.load(q_ref.at[(row, *index)], mask=mask, other=0), k_ref.dtype)
 
         length, parts = lengths_ref[row], row_parts_ref[row]
         position = length - queries + query

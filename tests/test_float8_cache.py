@@ -48,9 +48,9 @@ def test_names(name, dtype):
 
 
 def test_other_names_are_refused():
-    with pytest.raises(ConfigError, match="kv_cache_dtype='int8' is not one of auto, .*fp8_e5m2"):
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype='int8' is not one of auto, .*fp8_e5m2"):
         EngineConfig(kv_cache_dtype="int8")
-    with pytest.raises(ConfigError, match="dtype='fp8' is not one of auto, half, float, float16, bfloat16, float32$"):
+    with pytest.raises(ConfigError, match=r"dtype='fp8' is not one of auto, half, float, float16, bfloat16, float32$"):
         EngineConfig(dtype="fp8")
 
 
@@ -69,15 +69,19 @@ def test_log_probabilities_are_those_of_a_model_whose_keys_and_values_are_rounde
     assert sorted(errors)[-2] < 1e-4 and max(errors) < 1
 
 
-def test_in_bfloat16_the_cache_adds_its_rounding_only():
+def test_in_bfloat16_log_probabilities_lie_about_those_of_rounded_keys_and_values():
+    """What bfloat16 rounds otherwise may move a value to the next float of 8 bits, an eighth away at most: so
+    the error is larger than without such a cache, but smaller than that of not rounding at all, and without a drift.
+    """
     asked = [ids for ids in PROMPTS if len(ids) > 1]
-
-    def error(held, **options):
-        with LLM(model_folder(), dtype="bfloat16", **options, **OPTIONS) as llm:
-            found = llm.logprobs(asked)
-        return np.mean(np.abs(np.concatenate(found) - np.concatenate([dense_logprobs(ids, held) for ids in asked])))
-
-    assert error(rounded(E4M3), kv_cache_dtype="fp8") < 1.5 * error(lambda x: x)
+    exact, plain = (
+        np.concatenate([dense_logprobs(ids, held) for ids in asked]) for held in (rounded(E4M3), lambda x: x)
+    )
+    with LLM(model_folder(), dtype="bfloat16", kv_cache_dtype="fp8", **OPTIONS) as llm:
+        found = np.concatenate(llm.logprobs(asked))
+    error = np.abs(found - exact).mean()
+    assert error < 0.7 * np.abs(found - plain).mean(), (error, np.abs(found - plain).mean())
+    assert abs((found - exact).mean()) < 0.05
 
 
 def test_xla_gives_the_tokens_of_the_reference(llm):

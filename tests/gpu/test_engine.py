@@ -74,7 +74,8 @@ def test_teacher_forced_log_probabilities_in_bfloat16(shipped_model, cache):
         size = np.abs(difference)
         # Shown by `make gpu-test PYTEST_ARGS=-s`, for benchmarks/README.md.
         print(
-            f"bfloat16, cache {cache}, {name}: mean {difference.mean():.1e}, of absolutes {size.mean():.1e}, largest {size.max():.1e}"
+            f"bfloat16, cache {cache}, {name}: mean {difference.mean():.1e}, of absolutes {size.mean():.1e}, "
+            f"largest {size.max():.1e}"
         )
     assert max(abs(difference.mean()) for difference in errors.values()) <= 5e-3
     # Each single one is rounded by bfloat16; the kernels' no worse than the reference's.
