@@ -87,11 +87,14 @@ def test_decode_by_mosaic_lowers(case):
 @pytest.mark.parametrize(
     "case",
     pairwise({"dtype": ["bfloat16", "float16"], "head_dim": [64, 128, 256], "group": [1, 3, 4],
-              "page_size": [8, 16, 128], "window": [None, 100], "softcap": [None, 5.0], "block_q": [16, 64, 128]}),
+              "page_size": [8, 16, 128], "window": [None, 100], "softcap": [None, 5.0], "block_q": [16, 64, 128]})
+    + pairwise({"dtype": ["bfloat16", "float16"], "cache": ["float8_e4m3fn", "float8_e5m2"], "head_dim": [64, 128],
+                "group": [4], "page_size": [8, 128], "window": [None], "softcap": [None], "block_q": [64]}),
     ids=name,
 )  # fmt: skip
 def test_extend_lowers_for_hopper(case):
-    pool = jax.ShapeDtypeStruct((1024, 2, case["page_size"], case["head_dim"]), case["dtype"])
+    cache = case.get("cache", case["dtype"])
+    pool = jax.ShapeDtypeStruct((1024, 2, case["page_size"], case["head_dim"]), cache)
     q = jax.ShapeDtypeStruct((100, 2 * case["group"], case["head_dim"]), case["dtype"])
     options = {name: case[name] for name in ("window", "softcap", "block_q")}
     extend = partial(kernels.paged_extend, scale=0.1, **options)
@@ -116,6 +119,7 @@ def test_kernels_in_mosaic_are_the_same_however_many_were_lowered_before(name):
 @pytest.mark.parametrize(
     "tokens, dim, dtype, page_size, card, scale",
     [
+        (100, 256, "float8_e4m3fn", 16, "NVIDIA H200", 0.1),
         (100, 128, "bfloat16", 16, "NVIDIA A100-SXM4-80GB", 0.1),
         (100, 128, "bfloat16", 16, "NVIDIA B200", 0.1),
         (100, 128, "float32", 16, "NVIDIA H200", 0.1),
@@ -126,7 +130,8 @@ def test_kernels_in_mosaic_are_the_same_however_many_were_lowered_before(name):
     ],
 )
 def test_what_mosaic_does_not_take_is_left_to_triton(tokens, dim, dtype, page_size, card, scale):
-    pool, q = jax.ShapeDtypeStruct((1024, 2, page_size, dim), dtype), jax.ShapeDtypeStruct((tokens, 4, dim), dtype)
+    pool = jax.ShapeDtypeStruct((1024, 2, page_size, dim), dtype)
+    q = jax.ShapeDtypeStruct((tokens, 4, dim), "bfloat16" if "float8" in dtype else dtype)
     extend = partial(kernels.paged_extend, block_q=64, scale=scale)
     text = lower_for_cuda(extend, *extend_structs(q, pool, 3), card=card)
     assert text.count(CUSTOM_CALL) == 1 and MOSAIC_CALL not in text
@@ -138,6 +143,7 @@ def test_what_mosaic_does_not_take_is_left_to_triton(tokens, dim, dtype, page_si
 @pytest.mark.parametrize(
     "rows, heads, dim, dtype, page_size, scale",
     [
+        (8, 4, 128, "float8_e4m3fn", 16, 0.1),
         (8, 4, 128, "float32", 16, 0.1),
         (8, 4, 96, "bfloat16", 16, 0.1),
         (8, 4, 128, "bfloat16", 24, 0.1),
@@ -147,7 +153,7 @@ def test_what_mosaic_does_not_take_is_left_to_triton(tokens, dim, dtype, page_si
 )
 def test_what_mosaic_does_not_take_of_decode(rows, heads, dim, dtype, page_size, scale):
     pool = jax.ShapeDtypeStruct((1024, 2, page_size, dim), dtype)
-    q = jax.ShapeDtypeStruct((rows, 1, heads, dim), dtype)
+    q = jax.ShapeDtypeStruct((rows, 1, heads, dim), "bfloat16" if "float8" in dtype else dtype)
     args, decode = (q, pool, pool, ints(rows, 64), ints(rows)), partial(kernels.paged_decode, scale=scale)
     assert MOSAIC_CALL not in lower_for_cuda(decode, *args)
     with pytest.raises(ValueError, match="does not take"):
