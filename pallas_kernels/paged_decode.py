@@ -51,7 +51,9 @@ class TuningConfig:
         size, single = tile_rows * pl.next_power_of_2(dim), q.dtype == jnp.float32
         block_kv = 16 if single and tile_rows > 32 else triton_tile.block_kv(dim, q.dtype, k_pages.dtype)
         num_warps = 4 if size <= (2**12 if single else 2**13) else 8 if size <= 2**14 or not single else 16
-        return cls(block_kv, max(1, PROGRAMS // kv_heads), num_warps)
+        # Twice the tiles on their way where they have half the bytes.
+        num_stages = 5 if jnp.dtype(k_pages.dtype).itemsize == 1 else 3
+        return cls(block_kv, max(1, PROGRAMS // kv_heads), num_warps, num_stages)
 
 
 @partial(jax.jit, static_argnames=("scale", "window", "softcap", "tuning", "interpret"))
@@ -232,7 +234,9 @@ def _kernel(
         index = (query[:, None], q_head[:, None], d[None, :])
         real = query < queries
         mask = real[:, None] & (d < dim)[None, :]
-        q = triton_tile.operand(plt.load(q_ref.at[(row, *index)], mask=mask, other=0), k_ref.dtype)
+        q = plt.load(q_ref.at[(row, *index)], mask=mask, other=0)
+        if q.dtype == jnp.bfloat16 and k_ref.dtype.itemsize == 1:
+            q = triton_tile.in_float16(q)
 
         length, parts = lengths_ref[row], row_parts_ref[row]
         position = length - queries + query

@@ -206,7 +206,7 @@ def _kernel(
         def _():
             index = (token[:, None], (head * group + tile.rem(m, group))[:, None], d[None, :])
             mask = real[:, None] & (d < dim)[None, :]
-            q = triton_tile.operand(plt.load(q_ref.at[index], mask=mask, other=0), k_ref.dtype)
+            q = plt.load(q_ref.at[index], mask=mask, other=0)
             base = tile.first_key(context + first_token, window, page_size)
             length = context + end_token
 

@@ -31,13 +31,16 @@ def check(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, window: int | No
 
 
 def stored(values: jax.Array, dtype) -> jax.Array:
-    """`values` as a pool of this dtype holds them. Beyond the largest float of 8 bits they become that one, where a
-    cast gives NaN (e4m3fn) or infinity (e5m2); NaN stays NaN.
+    """`values` as a pool of this dtype holds them: floats of 8 bits saturate."""
+    return saturated(values, dtype) if dtype in FLOAT8 else values.astype(dtype)
+
+
+def saturated(values: jax.Array, dtype) -> jax.Array:
+    """Cast; what lies beyond the dtype's largest number becomes that one, where a plain cast gives infinity or, of
+    e4m3fn, NaN. NaN stays NaN. The values' dtype must hold that number.
     """
-    if dtype in FLOAT8:
-        most = float(jnp.finfo(dtype).max)
-        values = jnp.where(values > most, most, jnp.where(values < -most, -most, values))
-    return values.astype(dtype)
+    most = float(jnp.finfo(dtype).max)
+    return jnp.where(values > most, most, jnp.where(values < -most, -most, values)).astype(dtype)
 
 
 def on_mosaic_card() -> bool:

@@ -29,16 +29,11 @@ def block_kv(head_dim: int, *dtypes) -> int:
     return max(16, min(64, TILE_BYTES // (pl.next_power_of_2(head_dim) * widest)))
 
 
-def operand(q: jax.Array, cache_dtype) -> jax.Array:
-    """Queries in the dtype of their products with keys, and of weights with values.
-
-    Floats of 8 bits are float16 by one instruction for two of them, bfloat16 by three: then queries are float16 too,
-    which holds all but the largest and the last bits of the smallest.
+def in_float16(q: jax.Array) -> jax.Array:
+    """Queries for products with floats of 8 bits, which become float16 by one instruction for two of them, and bfloat16
+    by three. float16 holds all but the largest queries and the last bits of the smallest.
     """
-    if q.dtype != jnp.bfloat16 or jnp.dtype(cache_dtype).itemsize > 1:
-        return q
-    most = float(jnp.finfo(jnp.float16).max)
-    return jnp.clip(q, -most, most).astype(jnp.float16)
+    return tile.saturated(q.astype(jnp.float32), jnp.float16)
 
 
 def load_tile(
@@ -50,27 +45,18 @@ def load_tile(
     tokens: jax.Array,  # [N] positions in the row
     inside: jax.Array | None,  # bool [N]: the positions to read, the others give zeros; None = all
 ) -> tuple[jax.Array, jax.Array]:
-    """K and V `[N, D]` of one KV head at `tokens`, D the next power of two of head_dim, zeros beyond head_dim.
-
-    `row` is 0 at least, but must not be a constant.
-    """
+    """K and V `[N, D]` of one KV head at `tokens`, D the next power of two of head_dim, zeros beyond head_dim."""
     page_size, dim = k_ref.shape[2:]
     d = jnp.arange(pl.next_power_of_2(dim))
     page = plt.load(table_ref.at[row, tile.div(tokens, page_size)], mask=inside, other=None if inside is None else 0)
     index = (page[:, None], head, tile.rem(tokens, page_size)[:, None], d[None, :])
     masks = [] if inside is None else [inside[:, None]]
     masks += [] if dim == d.size else [(d < dim)[None, :]]
-    if masks:
-        mask = jnp.broadcast_to(masks[0] if len(masks) == 1 else masks[0] & masks[1], (tokens.size, d.size))
-        zero = jnp.zeros((), k_ref.dtype)  # of this dtype: there is no cast of integers to floats of 8 bits
-        k, v = (plt.load(ref.at[index], mask=mask, other=zero) for ref in (k_ref, v_ref))
-    else:
-        k, v = k_ref[index], v_ref[index]
-    if v.dtype.itemsize == 1:
-        # The choice costs nothing, as row < 0 cannot be where this is compiled, but makes Triton cast here. Without it
-        # values are cast when they are multiplied, and a column's bytes are read from shared memory one by one.
-        v = jnp.where(row < 0, jnp.zeros((), jnp.float16), v.astype(jnp.float16))
-    return k, v
+    if not masks:
+        return k_ref[index], v_ref[index]
+    mask = jnp.broadcast_to(masks[0] if len(masks) == 1 else masks[0] & masks[1], (tokens.size, d.size))
+    zero = jnp.zeros((), k_ref.dtype)  # of this dtype: there is no cast of integers to floats of 8 bits
+    return plt.load(k_ref.at[index], mask=mask, other=zero), plt.load(v_ref.at[index], mask=mask, other=zero)
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
