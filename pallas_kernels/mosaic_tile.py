@@ -14,7 +14,6 @@ from pallas_kernels import paged_tile as tile
 ROWS = 64  # of queries: the rows of a wgmma
 ALIGN = 8  # rows that TMA copies to swizzled shared memory together
 SWIZZLE = 128  # bytes
-WIDENED = 32  # rows at a time, the fewest: they take few registers
 # Of an array (shape, dtype) on its way between global and swizzled shared memory: 16 bytes a thread, no bank conflicts.
 COPY_LAYOUT = partial(plgpu.Layout.SMEM_GMEM_COPY, swizzle=SWIZZLE)
 
@@ -22,11 +21,11 @@ Carry = tuple[jax.Array, jax.Array, jax.Array]  # weighted values [ROWS, D], top
 
 
 def supports(q, k_pages, v_pages, scale: float) -> bool:
-    """What both kernels ask of arrays (or anything with their shapes and dtypes), beside pools of a dtype they take."""
+    """What both kernels ask of arrays (or anything with their shapes and dtypes)."""
     page_size, dim = k_pages.shape[2:]
     return (
         q.dtype in (jnp.bfloat16, jnp.float16)
-        and k_pages.dtype == v_pages.dtype
+        and q.dtype == k_pages.dtype == v_pages.dtype
         and dim in (64, 128, 256)
         and page_size >= 8
         and not page_size & (page_size - 1)
@@ -40,32 +39,15 @@ def check_supported(supported: bool, q, k_pages, scale: float) -> None:
         raise ValueError(f"this kernel does not take {q.shape=} {q.dtype=} {k_pages.shape=} {k_pages.dtype=} {scale=}")
 
 
-def swizzle(dtype, width: int = SWIZZLE) -> tuple:
+def swizzle(dtype) -> tuple:
     """How what the tensor cores read lies in shared memory."""
-    tiling = plgpu.TilingTransform((ALIGN, width // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
-    return tiling, plgpu.SwizzleTransform(width)  # type: ignore[abstract]
+    tiling = plgpu.TilingTransform((ALIGN, SWIZZLE // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    return tiling, plgpu.SwizzleTransform(SWIZZLE)  # type: ignore[abstract]
 
 
-def swizzled(shape: tuple[int, ...], dtype, width: int = SWIZZLE) -> Any:
+def swizzled(shape: tuple[int, ...], dtype) -> Any:
     """Shared memory for it."""
-    return plgpu.SMEM(shape, dtype, transforms=swizzle(dtype, width))
-
-
-def staging(shape: tuple[int, ...], dtype) -> Any:
-    """Shared memory for floats of 8 bits on their way to a `swizzled` place: as many columns side by side as there."""
-    return swizzled(shape, dtype, SWIZZLE // 2)
-
-
-def widen(staged, target) -> None:
-    """Floats of 8 bits to 16 bits, staged [N, D] to target [N, D], by a warpgroup. `commit_smem` has to follow."""
-    columns = SWIZZLE // target.dtype.itemsize
-    layout = COPY_LAYOUT((WIDENED, columns), target.dtype)
-    for row in range(0, target.shape[0], WIDENED):
-        for column in range(0, target.shape[1], columns):
-            part = pl.ds(row, WIDENED), pl.ds(column, columns)
-            values = plgpu.load(staged.at[part], layout=layout)
-            # There is no cast to bfloat16 but by way of float32.
-            target[part] = values.astype(jnp.float32).astype(target.dtype)
+    return plgpu.SMEM(shape, dtype, transforms=swizzle(dtype))
 
 
 def multiprocessors() -> int:

@@ -73,7 +73,7 @@ def _q_rows(of_item: int) -> int:
 def supports(q, k_pages, v_pages, scale: float) -> bool:
     """Whether the kernel takes these arrays (or anything with their shapes and dtypes)."""
     fits = _q_rows(q.shape[1] * q.shape[2] // k_pages.shape[1]) <= ROWS
-    return fits and q.dtype == k_pages.dtype and mosaic_tile.supports(q, k_pages, v_pages, scale)
+    return fits and mosaic_tile.supports(q, k_pages, v_pages, scale)
 
 
 def paged_decode_mosaic(

@@ -41,15 +41,12 @@ class TuningConfig:
     @classmethod
     def from_shapes(cls, q, k_pages) -> "TuningConfig":
         """The choice for these arrays (or anything with their shapes and dtypes): what fits in shared memory."""
-        if k_pages.dtype in tile.FLOAT8:
-            return cls(block_kv=64, stages=3)
         return cls(block_kv=128, stages=2) if q.shape[2] <= 128 else cls(block_kv=64, stages=2, q_buffers=1)
 
 
 def supports(q, k_pages, v_pages, scale: float) -> bool:
     """Whether the kernel takes these arrays (or anything with their shapes and dtypes)."""
-    taken = q.dtype == k_pages.dtype or (k_pages.dtype in tile.FLOAT8 and q.shape[2] <= 128)
-    return len(q) >= ROWS and taken and mosaic_tile.supports(q, k_pages, v_pages, scale)
+    return len(q) >= ROWS and mosaic_tile.supports(q, k_pages, v_pages, scale)
 
 
 class Settings(NamedTuple):
@@ -98,9 +95,7 @@ def paged_extend_mosaic(
     swizzled = partial(mosaic_tile.swizzled, dtype=dtype)
     kv = swizzled((tuning.stages, tuning.block_kv, dim))
     copies = tuning.block_kv // min(page_size, tuning.block_kv)  # of a tile
-    float8 = k_pages.dtype in tile.FLOAT8
-    staged = mosaic_tile.staging((tuning.block_kv, dim), k_pages.dtype), plgpu.Barrier(num_arrivals=copies)
-    loaded = plgpu.Barrier(num_arrivals=1 if float8 else copies, num_barriers=tuning.stages)
+    loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=tuning.stages)
     released = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tuning.stages)
     out_ref = jax.new_ref(out)  # what is there stays where no block writes
     plgpu.kernel(
@@ -117,7 +112,6 @@ def paged_extend_mosaic(
             released,
             released,
             plgpu.Barrier(num_arrivals=CONSUMERS),
-            [staged, staged] if float8 else [],
         ],
         grid=(programs,),
         grid_names=("program",),
@@ -156,7 +150,6 @@ class Refs(NamedTuple):
     k_released: Any
     v_released: Any
     turn: Any  # one barrier: a consumer has issued its products, the other has its softmax behind it
-    staged: Any  # of K and of V, where they have floats of 8 bits: [block_kv, D] in shared memory, a barrier for it
 
 
 class Item(NamedTuple):
@@ -260,8 +253,9 @@ def _produce(refs: Refs, settings: Settings) -> None:
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.q_loaded.at[buffer])
 
-        def places_of(step):
-            """Where the tile's pages lie."""
+        @pl.loop(0, item.steps)
+        def _(step):
+            slot = tile.rem(first + step, stages)
             places = []
             for i in range(block_kv // rows):
                 key = item.key_start + step * block_kv + i * rows
@@ -269,38 +263,14 @@ def _produce(refs: Refs, settings: Settings) -> None:
                 page = refs.table[item.row, jnp.where(inside, tile.div(key, page_size), 0)]
                 places.append((jnp.where(inside, page * settings.kv_heads + item.kv_head, absent),
                                tile.rem(key, page_size)))  # fmt: skip
-            return places
-
-        def copy_tile(places, pool, target, barrier):
-            for i, (page, offset) in enumerate(places):
-                source = pool.at[page] if rows == page_size else pool.at[page, pl.ds(offset, rows)]
-                plgpu.copy_gmem_to_smem(source, target.at[pl.ds(i * rows, rows)], barrier)
-
-        if refs.staged:
-            begin = places_of(0)
-            for pool, (staged, arrived) in zip((refs.k, refs.v), refs.staged):
-                copy_tile(begin, pool, staged, arrived)
-
-        @pl.loop(0, item.steps)
-        def _(step):
-            slot = tile.rem(first + step, stages)
-            places = places_of(step + 1 if refs.staged else step)
-            for i, (pool, smem, loaded, released) in enumerate((
+            for pool, smem, loaded, released in (
                 (refs.k, refs.k_smem, refs.k_loaded, refs.k_released),
                 (refs.v, refs.v_smem, refs.v_loaded, refs.v_released),
-            )):  # fmt: skip
-                wait = partial(plgpu.barrier_wait, released.at[slot])
-                if not refs.staged:
-                    pl.when(first + step >= stages)(wait)
-                    copy_tile(places, pool, smem.at[slot], loaded.at[slot])
-                    continue
-                staged, arrived = refs.staged[i]
-                plgpu.barrier_wait(arrived)
-                pl.when(first + step >= stages)(wait)
-                mosaic_tile.widen(staged, smem.at[slot])
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(loaded.at[slot])
-                pl.when(step + 1 < item.steps)(partial(copy_tile, places, pool, staged, arrived))
+            ):
+                pl.when(first + step >= stages)(partial(plgpu.barrier_wait, released.at[slot]))
+                for i, (page, offset) in enumerate(places):
+                    source = pool.at[page] if rows == page_size else pool.at[page, pl.ds(offset, rows)]
+                    plgpu.copy_gmem_to_smem(source, smem.at[slot, pl.ds(i * rows, rows)], loaded.at[slot])
 
     _for_each_item(refs, settings, copy_item)
 

@@ -49,8 +49,6 @@ MOSAIC_DECODE = [
 # Two rows, ends within a page and within 64 tokens; a group that leaves a warpgroup without work; blocks of two tiles.
 MOSAIC = [
     Case(head_dim=64, group=1, dtype="bfloat16", block_q=64, lengths=(70, 40), new_tokens=(61, 40)),
-    Case(head_dim=64, group=1, dtype="bfloat16", cache="float8_e4m3fn", block_q=64, lengths=(150, 40),
-         new_tokens=(61, 40)),
     Case(head_dim=64, group=3, kv_heads=1, dtype="float16", window=70, softcap=3.0, page_size=8, block_q=128,
          lengths=(250, 30), new_tokens=(130, 30)),
 ]  # fmt: skip

@@ -87,14 +87,11 @@ def test_decode_by_mosaic_lowers(case):
 @pytest.mark.parametrize(
     "case",
     pairwise({"dtype": ["bfloat16", "float16"], "head_dim": [64, 128, 256], "group": [1, 3, 4],
-              "page_size": [8, 16, 128], "window": [None, 100], "softcap": [None, 5.0], "block_q": [16, 64, 128]})
-    + pairwise({"dtype": ["bfloat16", "float16"], "cache": ["float8_e4m3fn", "float8_e5m2"], "head_dim": [64, 128],
-                "group": [4], "page_size": [8, 128], "window": [None], "softcap": [None], "block_q": [64]}),
+              "page_size": [8, 16, 128], "window": [None, 100], "softcap": [None, 5.0], "block_q": [16, 64, 128]}),
     ids=name,
 )  # fmt: skip
 def test_extend_lowers_for_hopper(case):
-    cache = case.get("cache", case["dtype"])
-    pool = jax.ShapeDtypeStruct((1024, 2, case["page_size"], case["head_dim"]), cache)
+    pool = jax.ShapeDtypeStruct((1024, 2, case["page_size"], case["head_dim"]), case["dtype"])
     q = jax.ShapeDtypeStruct((100, 2 * case["group"], case["head_dim"]), case["dtype"])
     options = {name: case[name] for name in ("window", "softcap", "block_q")}
     extend = partial(kernels.paged_extend, scale=0.1, **options)
@@ -119,7 +116,7 @@ def test_kernels_in_mosaic_are_the_same_however_many_were_lowered_before(name):
 @pytest.mark.parametrize(
     "tokens, dim, dtype, page_size, card, scale",
     [
-        (100, 256, "float8_e4m3fn", 16, "NVIDIA H200", 0.1),
+        (100, 128, "float8_e4m3fn", 16, "NVIDIA H200", 0.1),
         (100, 128, "bfloat16", 16, "NVIDIA A100-SXM4-80GB", 0.1),
         (100, 128, "bfloat16", 16, "NVIDIA B200", 0.1),
         (100, 128, "float32", 16, "NVIDIA H200", 0.1),
