@@ -227,7 +227,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _dtype_name(option: str, dtype: Any, names: Mapping[str, str]) -> str:
+def _dtype_name(option: str, dtype: Any, names: dict[str, str]) -> str:
     """jax's name of a dtype given as one of `names`, a NumPy dtype or a jnp scalar type."""
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None) or getattr(dtype, "name", str(dtype))
     if name != "auto" and name not in names:

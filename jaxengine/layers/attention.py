@@ -76,14 +76,14 @@ def _floats(cache: LayerCache, inputs: LayerInputs) -> LayerCache:
     return cache if dtype is None else LayerCache(cache.k.view(dtype), cache.v.view(dtype))
 
 
-def _as_kept(k: jax.Array, v: jax.Array, cache: LayerCache) -> LayerCache:
+def _as_kept(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
     return LayerCache(k.view(cache.k.dtype), v.view(cache.v.dtype))
 
 
 def write_kv(k: jax.Array, v: jax.Array, inputs: LayerInputs, cache: LayerCache) -> LayerCache:
     """The cache with k, v [tokens, kv_heads, head_dim] in the layer's pages."""
     write = ops(inputs.step.implementation).kv_write
-    return _as_kept(*write(*_floats(cache, inputs), k, v, inputs.page, inputs.step.offset), cache)
+    return _as_kept(cache, *write(*_floats(cache, inputs), k, v, inputs.page, inputs.step.offset))
 
 
 def rotate_and_write(
@@ -102,7 +102,7 @@ def rotate_and_write(
     write = ops(inputs.step.implementation).rope_write
     pools = _floats(cache, inputs)
     q, *pools = write(*pools, qkv, cos, sin, inputs.page, inputs.step.offset, *scales, eps=eps)
-    return q, _as_kept(*pools, cache)
+    return q, _as_kept(cache, *pools)
 
 
 def attend(

@@ -65,6 +65,15 @@ def test_paged_decode(case):
     assert not np.asarray(out)[empty].any()
 
 
+def test_queries_beyond_float16_are_finite_with_pools_of_8_bits():
+    """Their products are in float16. NaN stays NaN."""
+    case = Case(head_dim=64, dtype="bfloat16", cache="float8_e4m3fn", lengths=(40, 70))
+    q, *others = decode_inputs(case)
+    q[0], q[1, 0, 0] = 1e30 * np.sign(q[0]), np.nan
+    out = np.asarray(kernels.paged_decode(q, *others, **case.options, interpret=True))
+    assert np.isfinite(out[0]).all() and np.isnan(out[1, 0, 0]).all() and np.isfinite(out[1, 0, 1]).all()
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="its interpreter fails where a barrier's end is not awaited")
 @pytest.mark.parametrize("case, consumers", [*((case, 1) for case in MOSAIC_DECODE), (MOSAIC_DECODE[0], 2)], ids=str)
 def test_paged_decode_by_mosaic(case, consumers, monkeypatch):
