@@ -43,6 +43,11 @@ def saturated(values: jax.Array, dtype) -> jax.Array:
     return jnp.where(values > most, most, jnp.where(values < -most, -most, values)).astype(dtype)
 
 
+def takes_float8(device: jax.Device) -> bool:
+    """Whether Triton casts floats of 8 bits there."""
+    return tuple(int(part) for part in str(device.compute_capability).split(".")) >= (8, 9)
+
+
 def on_mosaic_card() -> bool:
     """Whether the program is for a card that gets the kernels in Mosaic GPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]

@@ -19,7 +19,7 @@ from pallas_kernels import paged_decode_mosaic as decode_mosaic
 from pallas_kernels import paged_extend_mosaic as extend_mosaic
 from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
-from pallas_kernels.paged_tile import on_mosaic_card
+from pallas_kernels.paged_tile import on_mosaic_card, takes_float8
 
 Result = dict[str, Any]
 
@@ -96,10 +96,14 @@ def run(on_case: Callable[[int, int], None] = lambda done, total: None) -> Resul
     """
     if jax.default_backend() != "gpu":
         raise UnsupportedError(f"the kernels run on an NVIDIA GPU, jax found a {jax.default_backend()}")
-    read, matmul = read_rate(), matmul_rate()
-    cases: list[Callable[[], list[Result]]] = [partial(time_decode, name, *case) for name, case in DECODE.items()]
+    read, matmul, float8 = read_rate(), matmul_rate(), takes_float8(jax.devices()[0])
+    cases: list[Callable[[], list[Result]]] = [
+        partial(time_decode, name, lengths, heads)
+        for name, (lengths, heads) in DECODE.items()
+        if float8 or heads.cache == "bfloat16"
+    ]
     cases += [partial(time_extend, tokens) for tokens in EXTEND]
-    cases += [partial(time_extend, EXTEND[-2], LLAMA_8B_FP8, ", fp8")]
+    cases += [partial(time_extend, EXTEND[-2], LLAMA_8B_FP8, ", fp8")] if float8 else []
     cases += [partial(time_write, tokens) for tokens in WRITE]
     cases += [partial(time_experts, name, *case) for name, case in EXPERTS.items()]
     results = []
