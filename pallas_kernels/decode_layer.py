@@ -149,7 +149,7 @@ def decode_layer_reference(
 
     q, k = rotated(q, weights.q_scale), rotated(k, weights.k_scale)
     place = jnp.where(page == 0, len(k_pages), page)  # out of range: dropped
-    pools = [pool.at[place, :, offset].set(x.astype(pool.dtype), mode="drop")
+    pools = [pool.at[place, :, offset].set(tile.stored(x, pool.dtype), mode="drop")
              for pool, x in ((k_pages, k), (v_pages, v))]  # fmt: skip
 
     def gathered(pool):  # [rows, heads, keys, dim]

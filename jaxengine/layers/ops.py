@@ -80,6 +80,13 @@ def check(
         raise ConfigError(f"{asked} needs an NVIDIA GPU, this is a {device.platform}; use 'auto' or 'xla'")
     if page_size < 8:
         raise ConfigError(f"{page_size=} is below the 8 of the GPU's kernels; attention='xla' takes it")
+    from pallas_kernels.paged_tile import takes_float8
+
+    if kv_cache_dtype.startswith("float8") and not takes_float8(device):
+        raise ConfigError(
+            f"{kv_cache_dtype=} needs a GPU of compute capability 8.9 or above, this {device.device_kind} has "
+            f"{device.compute_capability}; leave it 'auto', or use attention='xla'"
+        )
     if implementation == "triton":
         return
     if getattr(device, "compute_capability", None) != "9.0":
