@@ -65,8 +65,8 @@ class Case:
 
     @property
     def options(self) -> dict:
-        # A softcap is only felt by scores of its size: twice the usual scale. Sinks weigh as much as some dozen keys.
-        sinks = 3 + 2 * np.random.default_rng(0).standard_normal(self.kv_heads * self.group)
+        # A softcap is only felt by scores of its size: twice the usual scale. A sink weighs as much as dozens of keys.
+        sinks = 6 + 2 * np.random.default_rng(0).standard_normal(self.kv_heads * self.group)
         return {"scale": 2 / math.sqrt(self.head_dim), "window": self.window, "softcap": self.softcap,
                 "sinks": sinks.astype(jnp.dtype(self.dtype)) if self.sinks else None}  # fmt: skip
 
