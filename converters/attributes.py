@@ -219,7 +219,7 @@ def windows_by_kind(kinds: list[str], window: int | None, layers: int) -> tuple[
             f"layer_types={kinds!r} must be sliding_attention or full_attention for each of {layers} layers"
         )
     if "sliding_attention" in kinds and window is None:
-        raise ConversionError(f"layer_types={kinds!r}, but there is no sliding_window, or use_sliding_window is false")
+        raise ConversionError(f"layer_types={kinds!r}, but the config leaves no sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

@@ -177,8 +177,8 @@ def _read_part(
     """`index` of an array of this shape: of each `step` columns of the tensor one, from `start` on."""
     *others, last = (slice(*each.indices(length)) for each, length in zip(index, shape))
     part = *others, slice(last.start * step + start, last.stop * step + start)
-    array = read(name, part)[..., ::step].astype(jax.numpy.dtype(dtype), copy=False)
-    return _pad(array, tuple(each.stop - each.start for each in part))
+    array = read(name, part).astype(jax.numpy.dtype(dtype), copy=False)
+    return _pad(array, tuple(each.stop - each.start for each in part))[..., ::step]
 
 
 def _pad(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

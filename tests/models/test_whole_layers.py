@@ -69,6 +69,7 @@ def test_models_with_other_options_go_op_by_op(kind, monkeypatch):
         ({"model_type": "qwen2"}, False),  # it adds biases to q, k and v
         ({"mlp_bias": True}, False),
         ({"hidden_act": "gelu"}, False),
+        ({"model_type": "gpt_oss", "num_local_experts": 4, "layer_types": ["full_attention"] * 2}, False),
     ],
     ids=str,
 )

@@ -83,6 +83,7 @@ def alone(family, count):
         *(pytest.param(*case, marks=full) for case in [
             ("qwen3", 2, 1, 1), ("qwen3", 4, 2, 1), ("qwen3", 2, 4, 1), ("qwen3", 8, 1, 1), ("mistral", 2, 2, 1),
             ("gpt2", 4, 2, 1), ("qwen2", 2, 4, 1), ("llama", 4, 1, 1), ("qwen3_moe", 2, 1, 1), ("qwen3_moe", 2, 2, 2),
+            ("gpt_oss", 2, 2, 2),
         ]),
     ],
 )  # fmt: skip

@@ -76,7 +76,7 @@ def test_two_stages():
     [
         ("qwen3", 2, 1, 1, 1), ("llama", 4, 1, 1, 1), ("qwen3", 2, 2, 2, 1), ("qwen3", 2, 1, 2, 1),
         ("qwen2", 4, 1, 2, 1), ("mistral", 2, 2, 1, 1), ("gpt2", 4, 2, 1, 1), ("mixtral", 2, 1, 2, 2),
-        ("qwen3_moe", 2, 1, 1, 2),
+        ("qwen3_moe", 2, 1, 1, 2), ("gpt_oss", 2, 1, 2, 2),
     ],
 )  # fmt: skip
 def test_the_same_answers_as_one_device(family, stages, data, tensor, expert):
