@@ -111,8 +111,8 @@ class SafetensorsCheckpoint:
         return {name: (file.shapes[name], file.dtypes[name]) for name, file in self._files.items()}
 
     def read(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """One tensor of a dtype that is served or U8, or a part; KeyError for a name that is not in `names()`. For several
-        threads."""
+        """One tensor of a dtype that is served, or of U8, or a part; KeyError for a name that is not in `names()`. For
+        several threads."""
         try:
             return self._files[name].read(name, part)
         except OSError as error:

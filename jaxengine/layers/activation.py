@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 ERF = partial(jax.nn.gelu, approximate=False)  # the one that Triton, having no erf, cannot compute
 
+
 def clamped_swiglu(gate: jax.Array, up: jax.Array, alpha: float, limit: float) -> jax.Array:
     """(1 + up) * gate * sigmoid(alpha * gate), of a gate of at most `limit` and an up within +-limit: gpt_oss's.
 

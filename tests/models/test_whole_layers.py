@@ -56,7 +56,7 @@ def test_the_same_tokens(kind, steps, monkeypatch, shipped_model):
     assert seen <= {(rows, True) for rows in (1, 2, 4)} and (4, True) in seen
 
 
-@pytest.mark.parametrize("kind", ["windows", "experts"])
+@pytest.mark.parametrize("kind", ["windows", "experts", "sinks"])
 def test_models_with_other_options_go_op_by_op(kind, monkeypatch):
     assert not answers(monkeypatch, kind, True, PROMPTS[:2])[1]
 

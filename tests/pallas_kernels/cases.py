@@ -112,7 +112,9 @@ def extend_inputs(case: Case, seed: int = 0) -> tuple:
     return q, k, v, table, block_row, block_start, q_start.astype(np.int32), q_len, lengths
 
 
-def naive_attention(q, k_pages, v_pages, table, position: int, *, scale, window=None, softcap=None, sinks=None) -> np.ndarray:
+def naive_attention(
+    q, k_pages, v_pages, table, position: int, *, scale, window=None, softcap=None, sinks=None
+) -> np.ndarray:
     """One query token q [H, D] at `position` of a row with the page table `table` [W], in float64, key by key."""
     group, page_size = len(q) // k_pages.shape[1], k_pages.shape[2]
     out = np.zeros(q.shape)
