@@ -73,7 +73,7 @@ def clear_beyond(values, count: jax.Array, when: bool | jax.Array) -> None:
 
 
 def start(dim: int, sinks: jax.Array | None = None) -> Carry:
-    """The carry before the first tile: the sinks, float32 [ROWS] or one, scores of weight 1 and no value, or nothing."""
+    """The carry before the first tile: the sinks, float32 [ROWS] or one, each of weight 1 and no value, or nothing."""
     top, total = (tile.HIDDEN, 0.0) if sinks is None else (sinks * tile.LOG2E, 1.0)
     return (
         plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
