@@ -56,11 +56,12 @@ class MoE(nnx.Module):
         group = jnp.where(own, group, count).reshape(-1)
         order = jnp.argsort(group)
         sizes = jnp.sum(group[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
-        sorted_x, activation = x[order // self.per_token], ACTIVATIONS[self.activation]
+        sorted_x, sorted_group = x[order // self.per_token], group[order]
+        activation = ACTIVATIONS[self.activation]
 
         def product(x: jax.Array, each: Stacked, axis: Axis | None = None) -> jax.Array:
             y = op.grouped_matmul(x, each.kernel[...], sizes)
-            return y if each.bias is None else y + once(each.bias.at[group[order]].get(mode="clip"), axis)
+            return y if each.bias is None else y + once(each.bias.at[sorted_group].get(mode="clip"), axis)
 
         if self.swiglu is None and gate.bias is None:
             inner = op.grouped_gated_matmul(sorted_x, gate.kernel[...], up.kernel[...], sizes, activation)

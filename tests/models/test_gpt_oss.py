@@ -6,7 +6,7 @@ import pytest
 from jaxengine import LLM, SamplingParams
 from jaxengine.errors import UnsupportedModelError
 from jaxengine.sharding import create_mesh
-from jaxengine.weights import load_params, open_checkpoint, save_checkpoint
+from jaxengine.weights import checkpoint_in_memory, load_params, open_checkpoint, save_checkpoint
 from tests.converters.test_mxfp4 import decoded
 from tests.models.harness import PagedModel
 from tests.references import tiny
@@ -49,6 +49,17 @@ def test_mxfp4_is_loaded_as_what_it_stands_for_and_saved_as_that(tmp_path):
     saved = open_checkpoint(tmp_path / "saved")
     assert "quantization_config" not in saved.hf_config
     assert_same(params, load_params(saved, "bfloat16", mesh))
+
+
+def test_arrays_by_the_names_of_transformers(tmp_path):
+    """What takes turns in a file does so in memory."""
+    checkpoint = open_checkpoint(tiny.write_checkpoint("gpt_oss", tmp_path))
+    mesh, config = create_mesh(), tiny.config("gpt_oss")
+    found = load_params(checkpoint_in_memory(tiny.tensors("gpt_oss"), config), "float32", mesh)
+    for path, array in load_params(checkpoint, "float32", mesh).items():
+        np.testing.assert_array_equal(array, found[path], err_msg=path)
+    gate = found["layers.1.mlp.experts.gate_proj.kernel"]
+    np.testing.assert_array_equal(gate, tiny.tensors("gpt_oss")["model.layers.1.mlp.experts.gate_up_proj"][..., ::2])
 
 
 def test_mxfp4_that_the_config_does_not_announce_is_refused(tmp_path):
