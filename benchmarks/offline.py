@@ -20,6 +20,7 @@ def main() -> None:
         "--repeats", type=int, default=1, help="measured runs of each workload, after one that compiles"
     )
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="the limit stays that of bfloat16")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--max-num-seqs", type=int, default=256)
@@ -39,8 +40,9 @@ def main() -> None:
     workloads = args.workloads.split(",")
     options = {
         name: getattr(args, name)
-        for name in ("dtype", "attention", "page_size", "max_num_seqs", "steps_in_flight", "steps_per_call")
-    }
+        for name in ("dtype", "kv_cache_dtype", "attention", "page_size", "max_num_seqs", "steps_in_flight",
+                     "steps_per_call")
+    }  # fmt: skip
     options["enable_prefix_caching"] = False  # as in the figures that ours stand beside
     if args.max_num_batched_tokens is not None:
         options["max_num_batched_tokens"] = args.max_num_batched_tokens

@@ -144,6 +144,10 @@ class ParamRule:
 
 
 DTYPES = {"half": "float16", "float": "float32", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
+CACHE_DTYPES = DTYPES | {
+    "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "float8_e4m3fn": "float8_e4m3fn",
+    "float8_e5m2": "float8_e5m2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ class EngineConfig:
     # Of weights and activations. auto: bfloat16 on GPU (float16 stays), float32 on CPU; that of parameters in memory.
     dtype: str = "auto"
     quantization: str | None = None
-    kv_cache_dtype: str = "auto"  # auto: as dtype
+    kv_cache_dtype: str = "auto"  # auto: as dtype; fp8, fp8_e4m3, fp8_e5m2: half the bytes of bfloat16, not scaled
     page_size: int = 16
     gpu_memory_utilization: float = 0.9  # share of the device's memory that weights, cache and temporaries may take
     kv_cache_memory_bytes: int | None = None  # of each device; overrides the plan
@@ -191,8 +195,8 @@ class EngineConfig:
             if not ok:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be {want}")
 
-        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
-        object.__setattr__(self, "kv_cache_dtype", _dtype_name(self.kv_cache_dtype))
+        object.__setattr__(self, "dtype", _dtype_name("dtype", self.dtype, DTYPES))
+        object.__setattr__(self, "kv_cache_dtype", _dtype_name("kv_cache_dtype", self.kv_cache_dtype, CACHE_DTYPES))
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes",
                      "steps_per_call"):  # fmt: skip
             value = getattr(self, name)
@@ -228,12 +232,12 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _dtype_name(dtype: Any) -> str:
-    """The name of a dtype given as a string, a NumPy dtype or a jnp scalar type."""
+def _dtype_name(option: str, dtype: Any, names: dict[str, str]) -> str:
+    """jax's name of a dtype given as one of `names`, a NumPy dtype or a jnp scalar type."""
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", None) or getattr(dtype, "name", str(dtype))
-    if name != "auto" and name not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    return DTYPES.get(name, name)
+    if name != "auto" and name not in names:
+        raise ConfigError(f"{option}={dtype!r} is not one of auto, {', '.join(names)}")
+    return names.get(name, name)
 
 
 def engine_option_names() -> tuple[str, ...]:

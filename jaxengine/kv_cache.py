@@ -76,4 +76,24 @@ def create_cache(groups: Sequence[CacheGroup], pages: Sequence[int], page_size: 
 def write_pages(pool: jax.Array, values: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
     """`values` [tokens, kv_heads, head_dim] into `pool` at (page, offset), both int32 [tokens]; page 0 is dropped."""
     page = jnp.where(page == 0, pool.shape[0], page)  # out of range, which mode="drop" skips
-    return pool.at[page, :, offset].set(values.astype(pool.dtype), mode="drop", unique_indices=True)
+    if pool.dtype.itemsize > 1:
+        return pool.at[page, :, offset].set(values.astype(pool.dtype), mode="drop", unique_indices=True)
+    from pallas_kernels.paged_tile import stored  # takes time to import, which other caches need not pay
+
+    # As bytes: XLA scatters floats of 8 bits, and gathers them in a loop, by way of a copy of all of them in 16.
+    bits = stored(values, pool.dtype).view(jnp.uint8)
+    return pool.view(jnp.uint8).at[page, :, offset].set(bits, mode="drop", unique_indices=True).view(pool.dtype)
+
+
+class Pool:
+    """K or V of a layer for reading. Made outside the loop that reads: floats of 8 bits are then read as bytes, see
+    `write_pages`.
+    """
+
+    def __init__(self, pool: jax.Array):
+        self.shape, self.dtype = pool.shape, pool.dtype
+        self._kept = pool.view(jnp.uint8) if pool.dtype.itemsize == 1 else pool
+
+    def read(self, pages: jax.Array) -> jax.Array:
+        """int32 `[...]`, all of them in range -> `[..., kv_heads, page_size, head_dim]`."""
+        return self._kept.at[pages].get(mode="promise_in_bounds").view(self.dtype)  # spares a comparison for each value

@@ -108,10 +108,19 @@ def plan_pages(
     share = (budget - needed) / max(1, sum((count - 2) * size for count, size in zip(wanted, page_bytes)))
     if devices[0].platform == "cpu" or config.kv_cache_memory_bytes is not None:
         share = min(share, 1.0)  # more than every row could fill
-    pages = [2 + int(share * (count - 2)) for count in wanted]
+    pages = [_numbered(2 + int(share * (count - 2)), group, sizes, cache_dtype) for count, group in zip(wanted, groups)]
     size = sum(count * page for count, page in zip(pages, page_bytes))
     logger.info("KV cache: %s pages of %d tokens, %.2f GiB", pages, sizes.page_size, size / GIB)
     return tuple(pages)
+
+
+def _numbered(count: int, group: CacheGroup, sizes: Sizes, cache_dtype: str) -> int:
+    """So many pages, or fewer where a layer's pool would have a size that Triton's kernels refuse: single bytes of 2 to
+    4 GiB, see pallas_kernels.triton_tile.check_offsets.
+    """
+    page = group.kv_heads * sizes.page_size * group.head_dim
+    refused = jnp.dtype(cache_dtype).itemsize == 1 and 2**31 < count * page <= 2**32
+    return 2**31 // page if refused else count
 
 
 def _pages_of_one(group: CacheGroup, sizes: Sizes) -> int:

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import paged_tile as tile
+from pallas_kernels import triton_tile
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,11 @@ def kv_write(
     """The pools with token t's k[t], v[t] `[KH, D]` at page[t], offset[t]; a token of page 0 is dropped.
 
     Pools [pages, KH, page_size, D], updated in place where the caller donates them; k, v [T, KH, D], cast to the
-    pools' dtypes; page, offset [T] int32. No two tokens may share a slot. ValueError for shapes that do not fit.
+    pools' dtypes, of 8 bits as `paged_tile.stored` says; page, offset [T] int32. No two tokens may share a slot.
+    ValueError for shapes that do not fit.
     """
     _check(k_pages, v_pages, k, v, page, offset)
+    triton_tile.check_offsets(k_pages, v_pages)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     return tuple(
         pl.pallas_call(
@@ -61,8 +64,8 @@ def kv_write_reference(
 ) -> tuple[jax.Array, jax.Array]:
     """The same as `kv_write` in plain jax.numpy."""
     page = jnp.where(page == 0, k_pages.shape[0], page)  # out of range, which mode="drop" skips
-    k_pages = k_pages.at[page, :, offset].set(k.astype(k_pages.dtype), mode="drop")
-    return k_pages, v_pages.at[page, :, offset].set(v.astype(v_pages.dtype), mode="drop")
+    k_pages = k_pages.at[page, :, offset].set(tile.stored(k, k_pages.dtype), mode="drop")
+    return k_pages, v_pages.at[page, :, offset].set(tile.stored(v, v_pages.dtype), mode="drop")
 
 
 def _check(k_pages, v_pages, k, v, page, offset) -> None:
@@ -96,5 +99,5 @@ def _kernel(
         d = jnp.arange(pl.next_power_of_2(dim))[None, :]
         mask = (head < kv_heads) & (d < dim)
         for new_ref, out_ref in ((k_ref, k_out_ref), (v_ref, v_out_ref)):
-            new = plt.load(new_ref.at[token, head, d], mask=mask, other=0)
-            plt.store(out_ref.at[page, head, offset, d], new.astype(out_ref.dtype), mask=mask)
+            new = plt.load(new_ref.at[token, head, d], mask=mask, other=jnp.zeros((), new_ref.dtype))
+            plt.store(out_ref.at[page, head, offset, d], tile.stored(new, out_ref.dtype), mask=mask)

@@ -49,9 +49,11 @@ class TuningConfig:
         # Beyond these sizes of the output tile registers spill; plain cores (float32) need more of them per product.
         tile_rows = _tile_rows(queries * heads // kv_heads)
         size, single = tile_rows * pl.next_power_of_2(dim), q.dtype == jnp.float32
-        block_kv = 16 if single and tile_rows > 32 else triton_tile.block_kv(dim, k_pages.dtype)
+        block_kv = 16 if single and tile_rows > 32 else triton_tile.block_kv(dim, q.dtype, k_pages.dtype)
         num_warps = 4 if size <= (2**12 if single else 2**13) else 8 if size <= 2**14 or not single else 16
-        return cls(block_kv, max(1, PROGRAMS // kv_heads), num_warps)
+        # Twice the tiles on their way where they have half the bytes.
+        num_stages = 5 if jnp.dtype(k_pages.dtype).itemsize == 1 else 3
+        return cls(block_kv, max(1, PROGRAMS // kv_heads), num_warps, num_stages)
 
 
 @partial(jax.jit, static_argnames=("scale", "window", "softcap", "tuning", "interpret"))
@@ -72,10 +74,10 @@ def paged_decode(
     """Causal attention of the last Q tokens of each row to the row's first `lengths[r]` keys.
 
     q [R, Q, H, D], Q from 1 to 8: query j of row r stands at position lengths[r] - Q + j. Pools [pages, KH, page_size,
-    D], H a multiple of KH. page_table [R, W] int32; lengths [R] int32, at most W * page_size. A query sees the last
-    `window` keys, its own included. Entries of the table outside a row's window and length are not used.
-    sinks [H], floats: for each head a score that the softmax counts beside those of the keys, without a value;
-    neither `scale` nor `softcap` changes it.
+    D], H a multiple of KH; floats of 8 bits become q's dtype. page_table [R, W] int32; lengths [R] int32, at most
+    W * page_size. A query sees the last `window` keys, its own included. Entries of the table outside a row's window
+    and length are not used. sinks [H], floats: for each head a score that the softmax counts beside those of the keys,
+    without a value; neither `scale` nor `softcap` changes it.
     Returns [R, Q, H, D] in q's dtype; zeros for a row of length 0. ValueError for shapes that do not fit.
     tuning: a TuningConfig of this file, the default, or of `paged_decode_mosaic`, which also names the kernel.
     """
@@ -93,6 +95,7 @@ def paged_decode(
             q, k_pages, v_pages, page_table, lengths, sinks=sinks, scale=scale, window=window, softcap=softcap,
             tuning=tuning, interpret=interpret,
         )  # fmt: skip
+    triton_tile.check_offsets(k_pages, v_pages)
     kv_heads, page_size = k_pages.shape[1:3]
     keys = page_table.shape[1] * page_size
     if window is not None:
@@ -240,6 +243,8 @@ def _kernel(
         real = query < queries
         mask = real[:, None] & (d < dim)[None, :]
         q = plt.load(q_ref.at[(row, *index)], mask=mask, other=0)
+        if q.dtype == jnp.bfloat16 and k_ref.dtype.itemsize == 1:
+            q = triton_tile.in_float16(q)
 
         length, parts = lengths_ref[row], row_parts_ref[row]
         position = length - queries + query

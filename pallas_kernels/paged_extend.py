@@ -45,7 +45,7 @@ class TuningConfig:
         # The largest tiles that spill no registers; float32 products run on the plain cores and need more of them.
         wide, single = pl.next_power_of_2(dim) > 128, q.dtype == jnp.float32
         tile_rows = max(triton_tile.MIN_ROWS, min(rows, 32 if single else 64 if wide else 128))
-        block_kv = 16 if single else 2 * triton_tile.block_kv(dim, k_pages.dtype)
+        block_kv = 16 if single else 2 * triton_tile.block_kv(dim, q.dtype, k_pages.dtype)
         return cls(tile_rows, block_kv, num_warps=4 if tile_rows < (32 if single else 64 if wide else 128) else 8)
 
 
@@ -100,6 +100,7 @@ def paged_extend(
             q, k_pages, v_pages, page_table, block_row, block_start, q_start, q_len, lengths, out, block_q=block_q,
             sinks=sinks, scale=scale, window=window, softcap=softcap, tuning=tuning, interpret=interpret,
         )  # fmt: skip
+    triton_tile.check_offsets(k_pages, v_pages)
     kv_heads = k_pages.shape[1]
     tiles = pl.cdiv(block_q * q.shape[1] // kv_heads, tuning.tile_rows)
     whole = pl.BlockSpec(memory_space=pl.ANY)

@@ -9,6 +9,7 @@ HIDDEN = -1e30  # score of a key that a query does not see; -inf would give NaN 
 LOG2E = math.log2(math.e)
 MOSAIC_CARDS = ("H100", "H200")  # words in the names of cards that get the kernels in Mosaic GPU
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+FLOAT8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)  # of pools only
 
 
 def check(
@@ -26,15 +27,29 @@ def check(
                          f"{k_pages.shape=} {v_pages.shape=}")  # fmt: skip
     if k_pages.shape[3] != dim or heads % k_pages.shape[1]:
         raise ValueError(f"q of {heads=} {dim=} does not fit pools of shape {k_pages.shape}")
-    for name, array in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
-        if array.dtype not in DTYPES:
-            raise ValueError(f"{name} is {array.dtype}; it must be bfloat16, float16 or float32")
+    for name, array, others in (("q", q, ()), ("k_pages", k_pages, FLOAT8), ("v_pages", v_pages, FLOAT8)):
+        if array.dtype not in (*DTYPES, *others):
+            allowed = ", ".join(jnp.dtype(dtype).name for dtype in (*DTYPES, *others))
+            raise ValueError(f"{name} is {array.dtype}; it must be one of {allowed}")
     if window is not None and window < 1:
         raise ValueError(f"{window=} must be at least 1, or None for no window")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{softcap=} must be positive, or None for no softcap")
     if sinks is not None and (sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
         raise ValueError(f"{sinks.shape=} {sinks.dtype=} must be a logit for each of {heads=}, or sinks=None")
+
+
+def stored(values: jax.Array, dtype) -> jax.Array:
+    """`values` as a pool of this dtype holds them: floats of 8 bits saturate."""
+    return saturated(values, dtype) if dtype in FLOAT8 else values.astype(dtype)
+
+
+def saturated(values: jax.Array, dtype) -> jax.Array:
+    """Cast; what lies beyond the dtype's largest number becomes that one, where a plain cast gives infinity or, of
+    e4m3fn, NaN. NaN stays NaN. The values' dtype must hold that number.
+    """
+    most = float(jnp.finfo(dtype).max)
+    return jnp.where(values > most, most, jnp.where(values < -most, -most, values)).astype(dtype)
 
 
 def on_mosaic_card() -> bool:

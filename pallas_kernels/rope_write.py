@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import paged_tile as tile
+from pallas_kernels import triton_tile
 from pallas_kernels.kv_write import kv_write_reference
 
 
@@ -46,11 +47,13 @@ def rope_write(
     qkv [T, H + 2 KH, D]: the heads of q, then those of k, then those of v. q and k are first RMS-normed over D with
     `eps` and multiplied by q_scale, k_scale [D], where given; then dimension i of a head turns together with i + P by
     the angle whose cos, sin [T, P] float32 are given (Su et al. 2021), dimensions from 2 P on stay. Token t goes to
-    page[t], offset[t], int32 [T], in pools [pages, KH, page_size, D], updated in place where the caller donates them; a
-    token of page 0 is dropped. No two tokens may share a slot. Returns q [T, H, D] in qkv's dtype and the pools.
+    page[t], offset[t], int32 [T], in pools [pages, KH, page_size, D], as by `kv_write`, updated in place where the
+    caller donates them; a token of page 0 is dropped. No two tokens may share a slot. Returns q [T, H, D] in qkv's
+    dtype and the pools.
     ValueError for shapes that do not fit.
     """
     _check(k_pages, v_pages, qkv, cos, sin, page, offset, q_scale, k_scale)
+    triton_tile.check_offsets(k_pages, v_pages)
     tokens, heads, dim = qkv.shape
     kv_heads = k_pages.shape[1]
     scales = [] if q_scale is None else [q_scale, k_scale]
@@ -174,6 +177,7 @@ def _kernel(
     written = page != 0
     for values, (d, end) in zip(k, parts):
         at = k_out_ref.at[page, head, (offset + one)[:, None], d[None, :]]
-        plt.store(at, values.astype(qkv_ref.dtype).astype(k_out_ref.dtype), mask=written & (d < end)[None, :])
+        values = tile.stored(values.astype(qkv_ref.dtype), k_out_ref.dtype)
+        plt.store(at, values, mask=written & (d < end)[None, :])
     at = v_out_ref.at[page, head, offset, value_d]
-    plt.store(at, value.astype(v_out_ref.dtype), mask=written & (value_d < dim))
+    plt.store(at, tile.stored(value, v_out_ref.dtype), mask=written & (value_d < dim))

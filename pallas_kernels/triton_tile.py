@@ -13,9 +13,27 @@ TILE_BYTES = 2**14  # of K or V: more is slower (decode) or does not fit beside 
 Carry = tuple[jax.Array, jax.Array, jax.Array]  # output [M, D], top score [M], total weight [M]; all float32
 
 
-def block_kv(head_dim: int, dtype) -> int:
-    """Keys in a tile, from 16 to 64."""
-    return max(16, min(64, TILE_BYTES // (pl.next_power_of_2(head_dim) * jnp.dtype(dtype).itemsize)))
+def check_offsets(*pools: jax.Array) -> None:
+    """Raises ValueError for pools of a size whose elements JAX's lowering cannot number.
+
+    Its numbers have 32 bits, sign included, up to 4 GiB, and 64 beyond: too few for 2 GiB of bytes and more.
+    """
+    for pool in pools:
+        if pool.dtype.itemsize == 1 and 2**31 < pool.size <= 2**32:
+            raise ValueError(f"{pool.shape=} {pool.dtype=}: Triton takes pools of at most 2 GiB, or of more than 4")
+
+
+def block_kv(head_dim: int, *dtypes) -> int:
+    """Keys in a tile, from 16 to 64: what fits in the widest dtype that they have on their way."""
+    widest = max(jnp.dtype(dtype).itemsize for dtype in dtypes)
+    return max(16, min(64, TILE_BYTES // (pl.next_power_of_2(head_dim) * widest)))
+
+
+def in_float16(q: jax.Array) -> jax.Array:
+    """Queries for products with floats of 8 bits, which become float16 by one instruction for two of them, and bfloat16
+    by three. float16 holds all but the largest queries and the last bits of the smallest.
+    """
+    return tile.saturated(q.astype(jnp.float32), jnp.float16)
 
 
 def load_tile(
@@ -37,7 +55,8 @@ def load_tile(
     if not masks:
         return k_ref[index], v_ref[index]
     mask = jnp.broadcast_to(masks[0] if len(masks) == 1 else masks[0] & masks[1], (tokens.size, d.size))
-    return plt.load(k_ref.at[index], mask=mask, other=0), plt.load(v_ref.at[index], mask=mask, other=0)
+    zero = jnp.zeros((), k_ref.dtype)  # of this dtype: there is no cast of integers to floats of 8 bits
+    return plt.load(k_ref.at[index], mask=mask, other=zero), plt.load(v_ref.at[index], mask=mask, other=zero)
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:

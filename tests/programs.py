@@ -7,7 +7,7 @@ from functools import partial
 import jax
 
 # The shape of what is copied, or a tuple with it. Only from a line's start: those of kernels in Mosaic are a megabyte.
-MOVES = re.compile(r"(?:ROOT )?\S+ = (.*?) (?:copy|copy-start|transpose)\(")
+MOVES = re.compile(r"(?:ROOT )?\S+ = (.*?) (?:copy|copy-start|transpose|convert|bitcast-convert)\(")
 
 
 def pool_copies(program, cache):

@@ -1,5 +1,6 @@
 """The memory plan: pages for one group and for several, within the budget."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -21,9 +22,9 @@ def device(platform="cpu", **stats):
     return SimpleNamespace(platform=platform, memory_stats=lambda: stats or None)
 
 
-def plan(groups, *where, sizes=SIZES, reserved=0, **config):
+def plan(groups, *where, sizes=SIZES, reserved=0, cache="float32", **config):
     model = shared_llm().model_config
-    return plan_pages(EngineConfig(**config), model, groups, sizes, "float32", reserved, where or [device()])
+    return plan_pages(EngineConfig(**config), model, groups, sizes, cache, reserved, where or [device()])
 
 
 def test_enough_for_every_row_and_no_more_on_a_cpu():
@@ -53,6 +54,23 @@ def test_the_budget_holds(budget, groups):
 def test_the_fullest_of_several_gpus_decides():
     full, free = (device("gpu", bytes_limit=60 * GIB, bytes_in_use=used * GIB) for used in (50, 5))
     assert plan([FULL], free, full) == plan([FULL], full, free) == plan([FULL], full) < plan([FULL], free)
+
+
+@pytest.mark.parametrize("cache", ["float8_e4m3fn", "float8_e5m2"])
+def test_floats_of_8_bits_give_twice_the_pages_of_16(cache):
+    budget = 2 * 2 * 16 * 2 * 16 * 2 * 40  # 40 pages of bfloat16
+    assert plan([FULL], cache="bfloat16", kv_cache_memory_bytes=budget) == (40,)
+    assert plan([FULL], cache=cache, kv_cache_memory_bytes=budget) == (65,)  # what the rows can fill
+    assert plan([FULL], cache=cache, kv_cache_memory_bytes=budget // 2) == (40,)
+
+
+def test_a_pool_of_single_bytes_is_not_between_2_and_4_gib(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    page, gpu = 2 * 16 * 16, partial(device, "gpu", bytes_in_use=0)
+    for gib, cache, pool in ((7, "float8_e4m3fn", 7 / 4), (12, "float8_e4m3fn", 2), (20, "float8_e4m3fn", 5),
+                             (12, "bfloat16", 1.5)):  # fmt: skip
+        [pages] = plan([FULL], gpu(bytes_limit=gib * GIB), cache=cache, gpu_memory_utilization=0.9)
+        assert abs(pages * page / GIB - pool) < 0.02 and not 2 < pages * page / GIB <= 4
 
 
 def test_devices_of_a_cpu_share_its_memory(monkeypatch):

@@ -197,8 +197,11 @@ def canonical_params(kind="llama"):
     return load_params(open_checkpoint(model_folder(kind)), "float32", create_mesh())
 
 
-def dense_logprobs(ids):
-    """The llama in plain NumPy, float64, without cache, pages or fused kernels: log-probabilities of ids[1:]."""
+def dense_logprobs(ids, held=lambda x: x):
+    """The llama in plain NumPy, float64, without cache, pages or fused kernels: log-probabilities of ids[1:].
+
+    held: what a cache makes of keys and values.
+    """
     p = {path: np.asarray(x, np.float64) for path, x in canonical_params().items()}
 
     def norm(x, scale):
@@ -214,7 +217,7 @@ def dense_logprobs(ids):
         at = f"layers.{i}"
         y = norm(x, p[f"{at}.input_layernorm.scale"])
         q, k, v = ((y @ p[f"{at}.self_attn.{n}_proj.kernel"]).reshape(len(ids), -1, 16) for n in "qkv")
-        q, k, v = rotate(q), rotate(k).repeat(2, 1), v.repeat(2, 1)
+        q, k, v = rotate(q), held(rotate(k)).repeat(2, 1), held(v).repeat(2, 1)
         scores = np.einsum("qhd,khd->hqk", q, k) / 4 + np.triu(np.full((len(ids),) * 2, -np.inf), 1)
         shares = np.exp(scores - scores.max(-1, keepdims=True))
         mixed = np.einsum("hqk,khd->qhd", shares / shares.sum(-1, keepdims=True), v)

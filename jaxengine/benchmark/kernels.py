@@ -30,6 +30,12 @@ class Heads(NamedTuple):
     query: int
     kv: int
     dim: int
+    cache: str = "bfloat16"  # dtype of the pools
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token."""
+        return 2 * self.kv * self.dim * jnp.dtype(self.cache).itemsize
 
 
 class Experts(NamedTuple):
@@ -48,6 +54,7 @@ PAGE, BLOCK_Q, L2_BYTES = 16, 64, 60e6
 OPS = 16  # in one program, at least
 FLOPS_PER_BYTE = 180  # from which multiplying takes a Hopper card longer than reading
 LLAMA_8B = Heads(32, 8, 128)
+LLAMA_8B_FP8 = LLAMA_8B._replace(cache="float8_e4m3fn")
 
 
 def skewed(long: int, rows: int, total: int) -> tuple[int, ...]:
@@ -66,6 +73,10 @@ DECODE: dict[str, tuple[Sequence[int], Heads]] = {
     "decode 1 x 8192": ([8192], LLAMA_8B),
     "decode 128 x 1024, dim 64": ([1024] * 128, Heads(32, 8, 64)),
     "decode 128 x 1024, dim 256": ([1024] * 128, Heads(16, 8, 256)),
+    f"{BALANCED}, fp8": ([1024] * 128, LLAMA_8B_FP8),
+    "decode 32 x 2048, fp8": ([2048] * 32, LLAMA_8B_FP8),
+    "decode 8 x 32768, fp8": ([32768] * 8, LLAMA_8B_FP8),
+    "decode 128 x 1024, dim 64, fp8": ([1024] * 128, LLAMA_8B_FP8._replace(dim=64)),
 }
 EXTEND = (2048, 4096, 8192, 16384)  # new tokens of one row
 WRITE = (128, 8192)  # tokens
@@ -88,6 +99,7 @@ def run(on_case: Callable[[int, int], None] = lambda done, total: None) -> Resul
     read, matmul = read_rate(), matmul_rate()
     cases: list[Callable[[], list[Result]]] = [partial(time_decode, name, *case) for name, case in DECODE.items()]
     cases += [partial(time_extend, tokens) for tokens in EXTEND]
+    cases += [partial(time_extend, EXTEND[-2], LLAMA_8B_FP8, ", fp8")]
     cases += [partial(time_write, tokens) for tokens in WRITE]
     cases += [partial(time_experts, name, *case) for name, case in EXPERTS.items()]
     results = []
@@ -106,6 +118,7 @@ def summarize(device_kind: str, read: float, matmul: float, results: list[Result
     shared = [r | {"share": r["bytes_per_s"] / read if "bytes" in r else r["flops_per_s"] / matmul} for r in results]
     time = {result["op"]: result["us"] for result in results}
     pairs = [(f"{SKEWED}{kernel}", f"{BALANCED}{kernel}") for kernel in ("", " by Mosaic")]
+    pairs += [(f"{BALANCED}, fp8", BALANCED)]
     pairs += [
         (f"{name} {tokens}", f"cudnn {tokens}")
         for name in ("extend by Triton", "extend by Mosaic")
@@ -142,8 +155,9 @@ def paged_inputs(lengths: Sequence[int], heads: Heads) -> tuple[jax.Array, jax.A
     """
     counts = [-(-length // PAGE) for length in lengths]
     pages = sum(counts)
-    copies = 1 + int(3 * L2_BYTES // (pages * PAGE * 4 * heads.kv * heads.dim))
-    k_pages, v_pages = (normal(seed, copies * pages + 1, heads.kv, PAGE, heads.dim) for seed in (1, 2))
+    copies = 1 + int(3 * L2_BYTES // (pages * PAGE * heads.token_bytes))
+    shape = copies * pages + 1, heads.kv, PAGE, heads.dim
+    k_pages, v_pages = (normal(seed, *shape).astype(heads.cache) for seed in (1, 2))
     own = np.arange(max(counts)) < np.array(counts)[:, None]
     tables = []
     for order in np.random.default_rng(0).permutation(copies * pages).reshape(copies, pages):
@@ -172,9 +186,9 @@ def time_decode(name: str, row_lengths: Sequence[int], heads: Heads) -> list[Res
         return q
 
     tunings: dict[str, Any] = {name: DecodeTuning.from_shapes(q, k_pages)}
-    if on_mosaic_card():
+    if on_mosaic_card() and decode_mosaic.supports(q, k_pages, v_pages, scale):
         tunings[f"{name} by Mosaic"] = decode_mosaic.TuningConfig.from_shapes(q, k_pages)
-    size, results = sum(row_lengths) * heads.kv * heads.dim * 4, []
+    size, results = sum(row_lengths) * heads.token_bytes, []
     for op, tuning in tunings.items():
         call = partial(chain, q, k_pages, v_pages, lengths=lengths, tuning=tuning)
         difference = error(call(tables=tables[:1]), jnp.concatenate(expected))
@@ -184,7 +198,7 @@ def time_decode(name: str, row_lengths: Sequence[int], heads: Heads) -> list[Res
     return results
 
 
-def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
+def time_extend(tokens: int, heads: Heads = LLAMA_8B, suffix: str = "") -> list[Result]:
     """One row of new tokens only: Triton's kernel, Mosaic's on Hopper, cuDNN's attention on dense keys and values."""
     k_pages, v_pages, tables = paged_inputs([tokens], heads)
     tables = tables[:4]
@@ -193,8 +207,11 @@ def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
     index = jnp.zeros_like(starts), starts, one(0), one(tokens), one(tokens)
     scale = heads.dim**-0.5
     q = normal(3, tokens, heads.query, heads.dim)
-    dense = [tuple(pool[table[0]].swapaxes(1, 2).reshape(1, tokens, heads.kv, heads.dim) for pool in (k_pages, v_pages))
-             for table in tables]  # fmt: skip
+    dense = [
+        tuple(pool[table[0]].swapaxes(1, 2).reshape(1, tokens, heads.kv, heads.dim).astype(q.dtype)
+              for pool in (k_pages, v_pages))
+        for table in tables
+    ]  # fmt: skip
     attention = partial(jax.nn.dot_product_attention, is_causal=True, scale=scale, implementation="cudnn")
 
     @partial(jax.jit, static_argnames="tuning")
@@ -214,7 +231,7 @@ def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
         "extend by Triton": partial(extend, tuning=ExtendTuning.from_shapes(q, k_pages, BLOCK_Q)),
         "cudnn": lambda tables: cudnn(q[None], dense[: len(tables)])[0],
     }
-    if on_mosaic_card():
+    if on_mosaic_card() and extend_mosaic.supports(q, k_pages, v_pages, scale):
         calls["extend by Mosaic"] = partial(extend, tuning=extend_mosaic.TuningConfig.from_shapes(q, k_pages))
     expected = calls["cudnn"](tables=tables[:1])
     flops = 2 * 2 * heads.query * heads.dim * tokens * (tokens + 1) / 2
@@ -222,7 +239,7 @@ def time_extend(tokens: int, heads: Heads = LLAMA_8B) -> list[Result]:
     for name, call in calls.items():
         difference = error(call(tables=tables[:1]), expected)
         time_s, spread = seconds(partial(call, tables=tables), len(tables))
-        results.append({"op": f"{name} {tokens}", "us": time_s * 1e6, "spread": spread, "flops": flops,
+        results.append({"op": f"{name} {tokens}{suffix}", "us": time_s * 1e6, "spread": spread, "flops": flops,
                         "flops_per_s": flops / time_s, "error": difference})  # fmt: skip
     return results
 

@@ -82,6 +82,7 @@ class Runner:
         self.config, self.model, self.mesh, self.buckets = config, model, mesh, buckets
         self.groups, self.num_pages, self.cache_dtype = groups, num_pages, cache_dtype
         self.attention = cast(Implementation, attention)
+        self.float8 = cache_dtype if cache_dtype.startswith("float8") and attention in ("reference", "xla") else None
         self.max_model_len, self.prompt_chunk, self.temporary_bytes = max_model_len, prompt_chunk, temporary_bytes
         self.logprobs_mode = cast(Literal["raw", "processed"], config.logprobs_mode)
         of_layer = {i: g for g, group in enumerate(groups) for i in group.layers}
@@ -106,7 +107,8 @@ class Runner:
         def array(shape, dtype, fill=0, axes=("rows",)):
             return jnp.full(shape, fill, dtype, device=named_sharding(self.mesh, axes))
 
-        self._cache = create_cache(self.groups, self.num_pages, self.config.page_size, self.cache_dtype, self.mesh)
+        kept = "uint8" if self.float8 else self.cache_dtype
+        self._cache = create_cache(self.groups, self.num_pages, self.config.page_size, kept, self.mesh)
         self._slots = Slots(
             array((slots,), jnp.int32),
             array((len(self.groups), slots, columns), jnp.int32, axes=(None, "rows")),
@@ -327,7 +329,8 @@ class Runner:
             positions = jnp.maximum(lengths - 1, 0)
             page, offset = self._places(row_tables, jnp.where(lengths > 0, jnp.arange(len(lengths)), -1), positions)
             return AttentionInputs(positions, page, offset, row_tables, lengths, None, None, None, None,
-                                   self.layer_group, self.attention, self.buckets.block_q, peers)  # fmt: skip
+                                   self.layer_group, self.attention, self.buckets.block_q, self.float8,
+                                   peers)  # fmt: skip
 
         def draw(rows, x, number):
             _, ints, floats, *_ = rows
@@ -360,7 +363,7 @@ class Runner:
         page, offset = self._places(row_tables, row, positions)
         inputs = AttentionInputs(positions, page, offset, row_tables, step["lengths"], step["q_start"], step["q_len"],
                                  step["block_row"], step["block_start"],
-                                 self.layer_group, self.attention, self.buckets.block_q)  # fmt: skip
+                                 self.layer_group, self.attention, self.buckets.block_q, self.float8)  # fmt: skip
         model = self.weights.module(leaves)
         x = model.embed(tokens, positions)
         if self.stages == 1:

@@ -26,7 +26,7 @@ from jaxengine.layers.peers import Peers
         "block_start",
         "peers",
     ],
-    meta_fields=["layer_group", "implementation", "block_q"],
+    meta_fields=["layer_group", "implementation", "block_q", "float8"],
 )
 @dataclass(frozen=True)
 class AttentionInputs:
@@ -48,6 +48,7 @@ class AttentionInputs:
     layer_group: tuple[int, ...]  # static: the cache group of each layer
     implementation: Implementation  # static
     block_q: int  # static: tokens in a block
+    float8: str | None = None  # static: the dtype of keys and values in pools that are kept as bytes
     peers: Peers | None = None  # of the devices that split layers; None: XLA sums for them
 
     def for_layer(self, i: int) -> "LayerInputs":
@@ -69,9 +70,20 @@ class LayerInputs:
     table: jax.Array  # int32 [rows, columns]
 
 
+def _floats(cache: LayerCache, inputs: LayerInputs) -> LayerCache:
+    """XLA drops this view, and the one back, where it reads or writes bytes: see `kv_cache.write_pages`."""
+    dtype = inputs.step.float8
+    return cache if dtype is None else LayerCache(cache.k.view(dtype), cache.v.view(dtype))
+
+
+def _as_kept(cache: LayerCache, k: jax.Array, v: jax.Array) -> LayerCache:
+    return LayerCache(k.view(cache.k.dtype), v.view(cache.v.dtype))
+
+
 def write_kv(k: jax.Array, v: jax.Array, inputs: LayerInputs, cache: LayerCache) -> LayerCache:
     """The cache with k, v [tokens, kv_heads, head_dim] in the layer's pages."""
-    return LayerCache(*ops(inputs.step.implementation).kv_write(*cache, k, v, inputs.page, inputs.step.offset))
+    write = ops(inputs.step.implementation).kv_write
+    return _as_kept(cache, *write(*_floats(cache, inputs), k, v, inputs.page, inputs.step.offset))
 
 
 def rotate_and_write(
@@ -88,8 +100,9 @@ def rotate_and_write(
     """
     scales, eps = ([norm.scale[...] for norm in norms], norms[0].eps) if norms else ([], 0.0)
     write = ops(inputs.step.implementation).rope_write
-    q, *pools = write(*cache, qkv, cos, sin, inputs.page, inputs.step.offset, *scales, eps=eps)
-    return q, LayerCache(*pools)
+    pools = _floats(cache, inputs)
+    q, *pools = write(*pools, qkv, cos, sin, inputs.page, inputs.step.offset, *scales, eps=eps)
+    return q, _as_kept(cache, *pools)
 
 
 def attend(
@@ -108,7 +121,7 @@ def attend(
     """
     step, table = inputs.step, inputs.table
     options = {"sinks": sinks, "scale": scale, "window": window, "softcap": softcap}
-    op, rows = ops(step.implementation), len(step.lengths)
+    op, rows, cache = ops(step.implementation), len(step.lengths), _floats(cache, inputs)
     if step.block_row is None:
         return op.paged_decode(q[:, None], *cache, table, step.lengths, **options)[:, 0]
     single = jnp.where(step.q_len == 1, step.lengths, 0)

@@ -22,6 +22,7 @@ from jaxengine.layers.rope import apply_rope
 from jaxengine.sharding import LAYER, total
 
 Implementation = Literal["reference", "xla", "triton", "mosaic"]
+FLOAT8_CARDS = (8, 9)  # the compute capability from which Triton converts floats of 8 bits
 
 
 class Ops(NamedTuple):
@@ -80,9 +81,15 @@ def check(
         raise ConfigError(f"{asked} needs an NVIDIA GPU, this is a {device.platform}; use 'auto' or 'xla'")
     if page_size < 8:
         raise ConfigError(f"{page_size=} is below the 8 of the GPU's kernels; attention='xla' takes it")
+    card = tuple(int(part) for part in str(device.compute_capability).split("."))
+    if kv_cache_dtype.startswith("float8") and card < FLOAT8_CARDS:
+        raise ConfigError(
+            f"{kv_cache_dtype=} needs a GPU of compute capability 8.9 or above, this {device.device_kind} has "
+            f"{device.compute_capability}; leave it 'auto', or use attention='xla'"
+        )
     if implementation == "triton":
         return
-    if getattr(device, "compute_capability", None) != "9.0":
+    if card != (9, 0):
         raise ConfigError(f"{asked} needs a Hopper GPU (H100, H200), this is a {device.device_kind}; use 'triton'")
     from pallas_kernels import paged_decode_mosaic, paged_extend_mosaic
 

@@ -6,6 +6,7 @@ Loops with a trip count that is only known at run time are cheap on CPU, so one 
 import jax
 import jax.numpy as jnp
 
+from jaxengine.kv_cache import Pool
 from jaxengine.layers.linear import precision
 
 BLOCK_BYTES = 2**20  # of the keys that one step of the loop gathers: they stay in the processor's cache
@@ -23,6 +24,7 @@ def paged_decode(
     """
     rows, queries, heads, dim = q.shape
     kv_heads, page_size = k_pages.shape[1:3]
+    k_pages, v_pages = Pool(k_pages), Pool(v_pages)
     q = q.reshape(rows, queries, kv_heads, -1, dim).swapaxes(1, 2).reshape(rows, kv_heads, -1, dim)
     positions = jnp.repeat(lengths[:, None] - queries + jnp.arange(queries), heads // kv_heads, axis=1)
     per_item = max(1, ITEM_TOKENS // page_size)
@@ -66,6 +68,7 @@ def paged_extend(
 ) -> jax.Array:  # fmt: skip
     """See pallas_kernels.paged_extend: q [T, H, D] -> [T, H, D], `out` or zeros for tokens in no block."""
     tokens, heads, dim = q.shape
+    k_pages, v_pages = Pool(k_pages), Pool(v_pages)
     kv_heads = k_pages.shape[1]
     group = heads // kv_heads
     padding = ((0, block_q), (0, 0), (0, 0))
@@ -128,9 +131,9 @@ def _scores(q, k_pages, v_pages, pages, keys, positions, scale, window, softcap)
     """q [R, KH, M, D] at positions [R, M] against the keys [R, S] of its pages [R, P] -> scores [R, KH, M, S], and the
     keys' values [R, KH, S, D].
     """
-    # The promise spares a comparison for every element. Keys of one head side by side are multiplied fastest.
+    # Keys of one head side by side are multiplied fastest.
     k, v = (
-        pool.at[pages].get(mode="promise_in_bounds").swapaxes(1, 2)
+        pool.read(pages).swapaxes(1, 2)
         .reshape(*q.shape[:2], keys.shape[1], -1).astype(q.dtype)
         for pool in (k_pages, v_pages)
     )  # fmt: skip

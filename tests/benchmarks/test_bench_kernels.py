@@ -54,6 +54,8 @@ def test_an_op_is_timed_and_compared(twins):
     assert decode["bytes"] == 60 * 2 * 16 * 4
     assert decode["us"] > 0 and decode["error"] == 0
     assert decode["bytes_per_s"] * decode["us"] == pytest.approx(decode["bytes"] * 1e6)
+    [half] = kernels.time_decode("decode", [40, 3, 17], SMALL._replace(cache="float8_e4m3fn"))
+    assert half["bytes"] == decode["bytes"] / 2 and half["error"] == 0
     [write] = kernels.time_write(6, SMALL, pages=40)
     assert write["bytes"] == 6 * 2 * 16 * 2 * 4 and write["error"] == 0
 

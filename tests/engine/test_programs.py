@@ -11,10 +11,14 @@ from tests.tiny_llm import OPTIONS, model_folder
 
 
 @pytest.fixture(
-    scope="module", params=["llama", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("windows", "experts"))]
-)
+    scope="module",
+    params=[("llama", "auto"), ("llama", "fp8"),
+            *(pytest.param((kind, "auto"), marks=pytest.mark.full) for kind in ("windows", "experts"))],
+    ids=str,
+)  # fmt: skip
 def runner(request):
-    with LLM(model_folder(request.param), warmup=True, steps_per_call=3, **OPTIONS) as llm:
+    kind, cache = request.param
+    with LLM(model_folder(kind), warmup=True, steps_per_call=3, kv_cache_dtype=cache, **OPTIONS) as llm:
         yield llm._runner
 
 

@@ -57,23 +57,25 @@ def test_kernels_give_the_tokens_of_the_reference_in_float32(kind, shipped_model
     )
 
 
-def prompt_logprobs(folder, dtype, attention):
+def prompt_logprobs(folder, dtype, attention, cache):
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    with LLM(folder, dtype=dtype, attention=attention, **SMALL) as llm:
+    with LLM(folder, dtype=dtype, attention=attention, kv_cache_dtype=cache, **SMALL) as llm:
         outputs = llm.generate(prompts(llm), params, use_tqdm=False)
     return np.concatenate([output.prompt_logprobs.logprobs for output in outputs if len(output.prompt_token_ids) > 1])
 
 
-def test_teacher_forced_log_probabilities_in_bfloat16(shipped_model):
-    kernels, reference = (prompt_logprobs(shipped_model, "bfloat16", which) for which in (KERNELS, "reference"))
-    exact = prompt_logprobs(shipped_model, "float32", "reference")
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_teacher_forced_log_probabilities_in_bfloat16(shipped_model, cache):
+    kernels, reference = (prompt_logprobs(shipped_model, "bfloat16", which, cache) for which in (KERNELS, "reference"))
+    exact = prompt_logprobs(shipped_model, "float32", "reference", cache)
     assert len(kernels) > 1000
     errors = {"kernels": kernels - exact, "reference": reference - exact, "between them": kernels - reference}
     for name, difference in errors.items():
         size = np.abs(difference)
         # Shown by `make gpu-test PYTEST_ARGS=-s`, for benchmarks/README.md.
         print(
-            f"bfloat16, {name}: mean {difference.mean():.1e}, of absolutes {size.mean():.1e}, largest {size.max():.1e}"
+            f"bfloat16, cache {cache}, {name}: mean {difference.mean():.1e}, of absolutes {size.mean():.1e}, "
+            f"largest {size.max():.1e}"
         )
     assert max(abs(difference.mean()) for difference in errors.values()) <= 5e-3
     # Each single one is rounded by bfloat16; the kernels' no worse than the reference's.

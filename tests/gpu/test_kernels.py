@@ -5,6 +5,7 @@ All programs compile at once, in threads, before the first comparison.
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from tests.pallas_kernels.cases import (
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")]
 
 # TF32 products would give about 3e-4; bfloat16 ones give 2e-3 to 6e-3.
-LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2, "float8_e4m3fn": 2e-2, "float8_e5m2": 4e-2}
 OPTIONS = {
     "dtype": ["bfloat16", "float32"],
     "head_dim": [64, 96, 128, 256],
@@ -64,17 +65,33 @@ EXTEND += [
     Case(head_dim=256, group=4, kv_heads=8, window=100, block_q=64, **MANY_ROWS),
     *(Case(head_dim=dim, group=2, window=200, block_q=128, **MANY_ROWS) for dim in (64, 128, 256)),
 ]
+# Pools of floats of 8 bits.
+FLOAT8 = {"cache": ["float8_e4m3fn", "float8_e5m2"], "dtype": ["bfloat16", "float16", "float32"]}
+FLOAT8 |= {name: OPTIONS[name] for name in ("head_dim", "window", "softcap")}
+FLOAT8 |= {"group": [1, 4, 7, 16], "page_size": [8, 16, 128]}
+DECODE += [Case(**choice) for choice in pairwise(FLOAT8 | {"queries": [1, 3], "lengths": LENGTHS}, seed=2)]
+EXTEND += [
+    Case(**choice, lengths=lengths, new_tokens=new_tokens)
+    for choice in pairwise(FLOAT8 | {"block_q": [16, 64], "rows": ROWS}, seed=3)
+    for lengths, new_tokens in [choice.pop("rows")]
+]
+EXTEND += [Case(head_dim=128, group=4, kv_heads=8, block_q=64, cache=cache, **MANY_ROWS) for cache in FLOAT8["cache"]]
 WRITE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim")} | {
     "page_size": [16, 128],
     "kv_heads": [1, 3, 8],
 }
 WRITE = [Case(**choice) for choice in pairwise(WRITE_OPTIONS)]
+WRITE += [Case(**choice) for choice in pairwise(WRITE_OPTIONS | {name: FLOAT8[name] for name in ("cache", "dtype")})]
 ROPE_OPTIONS = {name: OPTIONS[name] for name in ("dtype", "head_dim", "group")} | WRITE_OPTIONS
 ROPE = [Case(**choice) for choice in pairwise(ROPE_OPTIONS)]
+ROPE += [
+    Case(**choice, kv_heads=3, page_size=16)
+    for choice in pairwise({name: FLOAT8[name] for name in ("cache", "dtype", "head_dim", "group")})
+]
 HOPPER = on_mosaic_card()
-BY_MOSAIC = [case for case in EXTEND if case.dtype != "float32" and case.head_dim in (64, 128, 256)]
+BY_MOSAIC = [c for c in EXTEND if c.dtype != "float32" and c.cache is None and c.head_dim in (64, 128, 256)]
 OPS = {"paged_decode": DECODE, "paged_extend": EXTEND, "paged_extend by Mosaic": BY_MOSAIC if HOPPER else []}
-OPS |= {"kv_write": WRITE, "rope_write": ROPE, "add_rms_norm": WRITE}
+OPS |= {"kv_write": WRITE, "rope_write": ROPE, "add_rms_norm": [case for case in WRITE if case.cache is None]}
 ACTIVATED = [(name, dtype) for name in ACTIVATIONS if ACTIVATIONS[name] is not ERF for dtype in ("bfloat16", "float32")]
 CASES = [(op, case) for op, cases in OPS.items() for case in cases]
 # Decode steps (some groups without rows) and prompts, of widths that blocks divide and do not.
@@ -82,6 +99,7 @@ GROUPED = pairwise(
     {"dtype": ["bfloat16", "float16", "float32"], "size_in": [100, 256, 2048], "size_out": [72, 768], "count": [1, 2],
      "sizes": [(1, 0, 3, 0, 0, 2), (0,) * 60 + (2,) + (1, 0) * 30, (300, 0, 17, 128, 1, 640), (16, 15, 17) * 20]}
 )  # fmt: skip
+NONE = SimpleNamespace(params={})  # of a test without parameters
 TUNED = Case(head_dim=128, group=4, dtype="bfloat16", window=500, lengths=(0, 1, 700, 30))
 TUNINGS = [DecodeTuning(size, parts, num_warps=4, min_part=size) for size in (16, 64) for parts in (1, 2, 7)]
 
@@ -127,11 +145,13 @@ def compare_activation(activation: str, dtype: str) -> tuple:
 
 
 @pytest.fixture(scope="module")
-def comparisons() -> dict[tuple, Future]:
+def comparisons(request) -> dict[tuple, Future]:
+    """Of the tests that run: `-k` need not wait for others."""
+    asked = [value for item in request.session.items for value in getattr(item, "callspec", NONE).params.values()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = {which: pool.submit(compare, *which, seed) for seed, which in enumerate(CASES)}
-        found |= {which: pool.submit(compare_activation, *which) for which in ACTIVATED}
-        found |= {tuple(case.items()): pool.submit(compare_grouped, case) for case in GROUPED}
+        found = {which: pool.submit(compare, *which, seed) for seed, which in enumerate(CASES) if which in asked}
+        found |= {which: pool.submit(compare_activation, *which) for which in ACTIVATED if which[0] in asked}
+        found |= {tuple(case.items()): pool.submit(compare_grouped, case) for case in GROUPED if case in asked}
         return found | {tuning: pool.submit(compare, "paged_decode", TUNED, 0, tuning=tuning) for tuning in TUNINGS}
 
 
@@ -141,11 +161,12 @@ def test_kernel_equals_reference(which, comparisons):
     out, expected = comparisons[which].result()
     if op == "kv_write":
         for got, want in zip(out, expected):
-            np.testing.assert_array_equal(got, want)
+            assert got.dtype == want.dtype == (case.cache or case.dtype)
+            np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))
         return
     for got, want in zip(jax.tree.leaves(out), jax.tree.leaves(expected)):
-        assert got.dtype == case.dtype
-        assert relative_error(got, want) < LIMIT[case.dtype]
+        assert got.dtype == want.dtype
+        assert relative_error(got, want) < LIMIT[got.dtype.name]
 
 
 @pytest.mark.parametrize("activation, dtype", ACTIVATED)
@@ -186,17 +207,17 @@ def test_a_long_row_among_short_ones(head_dim, group, queries):
     assert relative_error(out, expected) < LIMIT["bfloat16"]
 
 
-@pytest.mark.parametrize("gigabytes", [3.9, 5])
-def test_large_pools(gigabytes):
+@pytest.mark.parametrize("gigabytes, cache", [(3.9, None), (5, None), (2, "float8_e4m3fn"), (5, "float8_e4m3fn")])
+def test_large_pools(gigabytes, cache):
     """The kernels' offsets are 32 bits wide up to 4 GiB and 64 beyond: write the last pages, read them back."""
-    case = Case(head_dim=128, kv_heads=8, group=2, dtype="bfloat16", lengths=(16,) * 6)
+    case = Case(head_dim=128, kv_heads=8, group=2, dtype="bfloat16", cache=cache, lengths=(16,) * 6)
     q, k, v, table, lengths = decode_inputs(case)
     pages = int(gigabytes * 2**30) // k[0].nbytes
     shift = pages - len(k)  # page i of the small pools lies at i + shift in the large ones
     page = np.repeat(np.arange(shift + 1, pages - 1, dtype=np.int32), 16)
     offset = np.arange(page.size, dtype=np.int32) % 16
     k_pages, v_pages = (jnp.zeros((pages, 8, 16, 128), k.dtype) for _ in range(2))
-    new = [pool[1:-1].swapaxes(1, 2).reshape(-1, 8, 128) for pool in (k, v)]
+    new = [pool[1:-1].swapaxes(1, 2).reshape(-1, 8, 128).astype(q.dtype) for pool in (k, v)]
     write = jax.jit(kernels.kv_write, donate_argnums=(0, 1)).lower(k_pages, v_pages, *new, page, offset).compile()
     assert "copy(" not in write.as_text(), "the pools are written in place"
     k_pages, v_pages = write(k_pages, v_pages, *new, page, offset)

@@ -14,6 +14,8 @@ from tests.pallas_kernels.lowering import lower_for_cuda
 
 TRITON_CALL, MOSAIC_CALL = "__gpu$xla.gpu.triton", "@mosaic_gpu_v2"
 H200 = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H200")
+L40 = SimpleNamespace(platform="gpu", compute_capability="8.9", device_kind="NVIDIA L40")
+A100 = SimpleNamespace(platform="gpu", compute_capability="8.0", device_kind="NVIDIA A100")
 B200 = SimpleNamespace(platform="gpu", compute_capability="10.0", device_kind="NVIDIA B200")
 SIZES = {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16", "page_size": 16, "tokens": 64}
 
@@ -48,6 +50,18 @@ def test_mosaic_lowers_for_cuda_without_triton(attention, shipped_model):
         ("mosaic", H200, {"attention_scales": (0.1, -0.1)}, {}, "scale=-0.1; use 'triton'"),
         ("mosaic", H200, {}, {"dtype": "float32"}, "not dtype='float32' .*; use 'triton'"),
         ("mosaic", H200, {}, {"kv_cache_dtype": "float16"}, "kv_cache_dtype='float16' .*; use 'triton'"),
+        ("mosaic", H200, {}, {"kv_cache_dtype": "float8_e4m3fn"}, "kv_cache_dtype='float8_e4m3fn' .*; use 'triton'"),
+        ("triton", H200, {}, {"kv_cache_dtype": "float8_e5m2"}, None),
+        ("triton", L40, {}, {"kv_cache_dtype": "float8_e4m3fn"}, None),
+        ("triton", A100, {}, {}, None),
+        (
+            "triton",
+            A100,
+            {},
+            {"kv_cache_dtype": "float8_e5m2"},
+            "needs a GPU of .* 8.9 .* A100 has 8.0; .* attention='xla'",
+        ),
+        ("xla", A100, {}, {"kv_cache_dtype": "float8_e4m3fn"}, None),
         ("mosaic", H200, {}, {"tokens": 63}, "max_num_batched_tokens=63 .*; use 'triton'"),
     ],
 )

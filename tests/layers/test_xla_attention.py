@@ -21,6 +21,7 @@ OPTIONS = {
     "group": (1, 3),
     "page_size": (8, 64, 256),  # many to a block, a few, more than a block
     "dtype": ("float32", "bfloat16"),
+    "cache": (None, "float8_e4m3fn", "float8_e5m2"),
     "window": (None, 1, 30, 200),
     "softcap": (None, 2.0),
     "sinks": (False, True),

@@ -50,6 +50,7 @@ class Case:
     group: int = 1
     page_size: int = 16
     dtype: str = "float32"
+    cache: str | None = None  # dtype of the pools; None: the same
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
@@ -60,8 +61,8 @@ class Case:
     block_q: int = 16  # extend only
 
     def __str__(self) -> str:
-        return (f"d{self.head_dim}-g{self.group}-p{self.page_size}-{self.dtype}-w{self.window}-c{self.softcap}"
-                f"-s{self.sinks:d}-q{self.queries}-k{self.kv_heads}-n{max(self.lengths)}")  # fmt: skip
+        return (f"d{self.head_dim}-g{self.group}-p{self.page_size}-{self.dtype}-{self.cache}-w{self.window}"
+                f"-c{self.softcap}-s{self.sinks:d}-q{self.queries}-k{self.kv_heads}-n{max(self.lengths)}")  # fmt: skip
 
     @property
     def options(self) -> dict:
@@ -76,13 +77,13 @@ def decode_inputs(case: Case, seed: int = 0) -> tuple:
 
     Slots beyond a row's length hold NaN, and table entries that a row does not need name a page of NaN.
     """
-    rng, dtype = np.random.default_rng(seed), jnp.dtype(case.dtype)
+    rng, dtype, cache = np.random.default_rng(seed), jnp.dtype(case.dtype), jnp.dtype(case.cache or case.dtype)
     rows, page_size = len(case.lengths), case.page_size
     width = max(1, -(-max(case.lengths) // page_size)) + 1
     pages = [-(-length // page_size) for length in case.lengths]
     pool_shape = (sum(pages) + 2, case.kv_heads, page_size, case.head_dim)
     poisoned = pool_shape[0] - 1
-    k, v = (rng.standard_normal(pool_shape).astype(dtype) for _ in range(2))
+    k, v = (rng.standard_normal(pool_shape).astype(cache) for _ in range(2))
     order = iter(rng.permutation(sum(pages)) + 1)
     table = np.full((rows, width), poisoned, np.int32)
     for row, length in enumerate(case.lengths):
@@ -156,17 +157,30 @@ def naive_write(k_pages, v_pages, k, v, page, offset) -> tuple[np.ndarray, np.nd
     k_pages, v_pages = k_pages.copy(), v_pages.copy()
     for token in range(len(page)):
         if page[token] != 0:
-            k_pages[page[token], :, offset[token]] = k[token]
-            v_pages[page[token], :, offset[token]] = v[token]
+            k_pages[page[token], :, offset[token]] = naive_stored(k[token], k_pages.dtype)
+            v_pages[page[token], :, offset[token]] = naive_stored(v[token], v_pages.dtype)
     return k_pages, v_pages
 
 
+def naive_stored(values: np.ndarray, dtype) -> np.ndarray:
+    """Rounded; what the dtype has no finite number for becomes its largest, if it has 8 bits."""
+    if dtype.itemsize > 1:
+        return values.astype(dtype)
+    most = float(jnp.finfo(dtype).max)
+    return values.astype(np.float32).clip(-most, most).astype(dtype)
+
+
 def write_inputs(case: Case, tokens: int, seed: int = 0) -> tuple:
-    """Arguments of kv_write: random slots, every third token dropped."""
-    rng, dtype = np.random.default_rng(seed), jnp.dtype(case.dtype)
+    """Arguments of kv_write: random slots, every third token dropped; pools of 8 bits get what they cannot hold."""
+    rng, dtype, cache = np.random.default_rng(seed), jnp.dtype(case.dtype), jnp.dtype(case.cache or case.dtype)
     pool_shape = (2 + tokens // case.page_size, case.kv_heads, case.page_size, case.head_dim)
-    k_pages, v_pages = (rng.standard_normal(pool_shape).astype(dtype) for _ in range(2))
+    k_pages, v_pages = (rng.standard_normal(pool_shape).astype(cache) for _ in range(2))
     k, v = (rng.standard_normal((tokens, case.kv_heads, case.head_dim)).astype(dtype) for _ in range(2))
+    if cache.itemsize == 1:
+        k[:, :, ::5] *= 1000
+        v[:, :, ::7] *= 1000
+        v[:, :, 1] = np.inf
+        k[1:5, 0, 2:4] = np.nan
     slots = case.page_size + rng.choice((pool_shape[0] - 1) * case.page_size, tokens, replace=False)
     page, offset = (slots // case.page_size).astype(np.int32), (slots % case.page_size).astype(np.int32)
     page[::3] = 0
@@ -179,6 +193,8 @@ def rope_write_inputs(case: Case, tokens: int, pairs: int, normed: bool, seed: i
     rng, dtype = np.random.default_rng(seed + 1), jnp.dtype(case.dtype)
     heads = case.kv_heads * (case.group + 2)
     qkv = (3 * rng.standard_normal((tokens, heads, case.head_dim))).astype(dtype)
+    if k_pages.dtype.itemsize == 1:
+        qkv[:, -2 * case.kv_heads :, ::5] *= 1000
     angles = rng.uniform(-np.pi, np.pi, (tokens, pairs))
     cos, sin = (1.2 * function(angles).astype(np.float32) for function in (np.cos, np.sin))
     scales = [rng.uniform(0.5, 2, case.head_dim).astype(dtype) for _ in range(2 * normed)]

@@ -20,7 +20,7 @@ from tests.pallas_kernels.cases import (
     write_inputs,
 )
 
-LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+LIMIT = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2, "float8_e4m3fn": 2e-2, "float8_e5m2": 4e-2}
 
 DECODE = [
     Case(head_dim=64, group=1, lengths=(0, 1, 40, 70)),
@@ -31,6 +31,8 @@ DECODE = [
     # One part a row, and several.
     Case(head_dim=80, group=3, window=20, sinks=True, dtype="bfloat16", lengths=(0, 1, 40)),
     Case(head_dim=64, group=4, queries=3, softcap=3.0, sinks=True, lengths=(1200, 0, 2)),
+    Case(head_dim=96, group=3, dtype="bfloat16", cache="float8_e4m3fn", lengths=(0, 1, 40, 70)),
+    Case(head_dim=64, group=2, window=30, cache="float8_e5m2", lengths=(0, 3, 300)),
 ]
 EXTEND = [
     Case(head_dim=64, group=1, lengths=(0, 1, 20, 70), new_tokens=(0, 1, 20, 50)),
@@ -38,6 +40,8 @@ EXTEND = [
     Case(head_dim=32, group=3, kv_heads=1, page_size=64, dtype="float16", lengths=(200, 130), new_tokens=(9, 130)),
     Case(head_dim=96, group=16, kv_heads=1, block_q=8, window=33, lengths=(70, 16), new_tokens=(17, 16)),
     Case(head_dim=64, group=3, sinks=True, softcap=3.0, lengths=(0, 1, 20, 70), new_tokens=(0, 1, 20, 50)),
+    Case(head_dim=80, group=2, dtype="bfloat16", cache="float8_e4m3fn", lengths=(40, 1), new_tokens=(20, 1)),
+    Case(head_dim=64, group=2, window=20, cache="float8_e5m2", lengths=(40, 1), new_tokens=(20, 1)),
 ]
 # Rows without keys, cut and whole; a page of several tiles and the other way around; queries of two tiles of rows, and
 # of part of one.
@@ -65,6 +69,15 @@ def test_paged_decode(case):
     assert relative_error(out, expected) < LIMIT[case.dtype]
     empty = np.array(case.lengths) == 0
     assert not np.asarray(out)[empty].any()
+
+
+def test_queries_beyond_float16_are_finite_with_pools_of_8_bits():
+    """Their products are in float16. NaN stays NaN."""
+    case = Case(head_dim=64, dtype="bfloat16", cache="float8_e4m3fn", lengths=(40, 70))
+    q, *others = decode_inputs(case)
+    q[0], q[1, 0, 0] = 1e30 * np.sign(q[0]), np.nan
+    out = np.asarray(kernels.paged_decode(q, *others, **case.options, interpret=True))
+    assert np.isfinite(out[0]).all() and np.isnan(out[1, 0, 0]).all() and np.isfinite(out[1, 0, 1]).all()
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="its interpreter fails where a barrier's end is not awaited")
@@ -118,12 +131,20 @@ def test_paged_extend_by_mosaic(case, q_buffers, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case", [Case(kv_heads=3, head_dim=80, dtype="bfloat16"), Case(kv_heads=1, head_dim=64, page_size=32)], ids=str
+    "case",
+    [
+        Case(kv_heads=3, head_dim=80, dtype="bfloat16"),
+        Case(kv_heads=1, head_dim=64, page_size=32),
+        Case(kv_heads=2, head_dim=64, dtype="bfloat16", cache="float8_e4m3fn"),
+        Case(kv_heads=1, head_dim=96, cache="float8_e5m2"),
+    ],
+    ids=str,
 )
 def test_kv_write(case):
     args = write_inputs(case, tokens=13)
     for got, expected in zip(kernels.kv_write(*args, interpret=True), kernels.kv_write_reference(*args)):
-        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+        assert got.dtype == args[0].dtype
+        np.testing.assert_array_equal(*(np.asarray(x).astype(np.float32) for x in (got, expected)))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +153,8 @@ def test_kv_write(case):
         (Case(kv_heads=2, group=4), 32, False),
         (Case(kv_heads=3, group=7, head_dim=80, dtype="bfloat16"), 10, True),
         (Case(kv_heads=1, group=3, head_dim=96, page_size=32), 48, True),
+        (Case(kv_heads=2, group=2, dtype="bfloat16", cache="float8_e4m3fn"), 32, False),
+        (Case(kv_heads=1, group=3, cache="float8_e5m2"), 16, True),
     ],
     ids=str,
 )
@@ -139,9 +162,9 @@ def test_rope_write(case, pairs, normed):
     args = rope_write_inputs(case, 13, pairs, normed)
     out = kernels.rope_write(*args, eps=1e-5, interpret=True)
     expected = kernels.rope_write_reference(*args, eps=1e-5)
-    for got, want in zip(out, expected):
-        assert got.dtype == case.dtype
-        assert relative_error(got, want) < LIMIT[case.dtype]
+    for got, want, given in zip(out, expected, (args[2], *args)):
+        assert got.dtype == given.dtype
+        assert relative_error(got, want) < LIMIT[got.dtype.name]
     untouched = np.ones(len(args[0]), bool)
     untouched[args[5]] = False
     for got, pool in zip(out[1:], args):

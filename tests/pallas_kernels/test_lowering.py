@@ -20,6 +20,7 @@ CUSTOM_CALL, MOSAIC_CALL = "__gpu$xla.gpu.triton", "@mosaic_gpu_v2"
 CASES = pairwise(
     {
         "dtype": ["bfloat16", "float16", "float32"],
+        "cache": [None, "float8_e4m3fn", "float8_e5m2"],
         "head_dim": [32, 64, 80, 96, 128, 256],
         "group": [1, 3, 4, 7, 16],
         "page_size": [16, 64, 128],
@@ -52,7 +53,7 @@ def name(case):
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_attention_lowers(case):
     rows, kv_heads, dim, dtype = case["rows"], 2, case["head_dim"], case["dtype"]
-    pool = jax.ShapeDtypeStruct((1024, kv_heads, case["page_size"], dim), dtype)
+    pool = jax.ShapeDtypeStruct((1024, kv_heads, case["page_size"], dim), case["cache"] or dtype)
     heads, table = kv_heads * case["group"], ints(rows, 64)
     options = {"scale": 0.1, "window": case["window"], "softcap": case["softcap"], "sinks": sinks(case, heads)}
     q = jax.ShapeDtypeStruct((rows, case["queries"], heads, dim), dtype)
@@ -123,6 +124,7 @@ def test_kernels_in_mosaic_are_the_same_however_many_were_lowered_before(name):
 @pytest.mark.parametrize(
     "tokens, dim, dtype, page_size, card, scale",
     [
+        (100, 128, "float8_e4m3fn", 16, "NVIDIA H200", 0.1),
         (100, 128, "bfloat16", 16, "NVIDIA A100-SXM4-80GB", 0.1),
         (100, 128, "bfloat16", 16, "NVIDIA B200", 0.1),
         (100, 128, "float32", 16, "NVIDIA H200", 0.1),
@@ -133,7 +135,8 @@ def test_kernels_in_mosaic_are_the_same_however_many_were_lowered_before(name):
     ],
 )
 def test_what_mosaic_does_not_take_is_left_to_triton(tokens, dim, dtype, page_size, card, scale):
-    pool, q = jax.ShapeDtypeStruct((1024, 2, page_size, dim), dtype), jax.ShapeDtypeStruct((tokens, 4, dim), dtype)
+    pool = jax.ShapeDtypeStruct((1024, 2, page_size, dim), dtype)
+    q = jax.ShapeDtypeStruct((tokens, 4, dim), "bfloat16" if "float8" in dtype else dtype)
     extend = partial(kernels.paged_extend, block_q=64, scale=scale)
     text = lower_for_cuda(extend, *extend_structs(q, pool, 3), card=card)
     assert text.count(CUSTOM_CALL) == 1 and MOSAIC_CALL not in text
@@ -145,6 +148,7 @@ def test_what_mosaic_does_not_take_is_left_to_triton(tokens, dim, dtype, page_si
 @pytest.mark.parametrize(
     "rows, heads, dim, dtype, page_size, scale",
     [
+        (8, 4, 128, "float8_e4m3fn", 16, 0.1),
         (8, 4, 128, "float32", 16, 0.1),
         (8, 4, 96, "bfloat16", 16, 0.1),
         (8, 4, 128, "bfloat16", 24, 0.1),
@@ -154,7 +158,7 @@ def test_what_mosaic_does_not_take_is_left_to_triton(tokens, dim, dtype, page_si
 )
 def test_what_mosaic_does_not_take_of_decode(rows, heads, dim, dtype, page_size, scale):
     pool = jax.ShapeDtypeStruct((1024, 2, page_size, dim), dtype)
-    q = jax.ShapeDtypeStruct((rows, 1, heads, dim), dtype)
+    q = jax.ShapeDtypeStruct((rows, 1, heads, dim), "bfloat16" if "float8" in dtype else dtype)
     args, decode = (q, pool, pool, ints(rows, 64), ints(rows)), partial(kernels.paged_decode, scale=scale)
     assert MOSAIC_CALL not in lower_for_cuda(decode, *args)
     with pytest.raises(ValueError, match="does not take"):
@@ -162,10 +166,13 @@ def test_what_mosaic_does_not_take_of_decode(rows, heads, dim, dtype, page_size,
 
 
 @pytest.mark.parametrize(
-    "case", pairwise({"dtype": ["bfloat16", "float32"], "kv_heads": [1, 3, 8], "dim": [64, 96]}), ids=name
-)
+    "case",
+    pairwise({"dtype": ["bfloat16", "float32"], "cache": [None, "float8_e4m3fn", "float8_e5m2"],
+              "kv_heads": [1, 3, 8], "dim": [64, 96]}),
+    ids=name,
+)  # fmt: skip
 def test_write_lowers_in_place(case):
-    pool = jax.ShapeDtypeStruct((1024, case["kv_heads"], 16, case["dim"]), case["dtype"])
+    pool = jax.ShapeDtypeStruct((1024, case["kv_heads"], 16, case["dim"]), case["cache"] or case["dtype"])
     new = jax.ShapeDtypeStruct((7, case["kv_heads"], case["dim"]), case["dtype"])
     text = lower_for_cuda(kernels.kv_write, pool, pool, new, new, ints(7), ints(7))
     assert text.count(CUSTOM_CALL) == 1
@@ -175,17 +182,36 @@ def test_write_lowers_in_place(case):
 @pytest.mark.parametrize(
     "case",
     pairwise({"dtype": ["bfloat16", "float32"], "kv_heads": [1, 3, 8], "group": [1, 3, 4], "dim": [64, 96],
-              "pairs": [16, 32], "normed": [False, True]}),
+              "pairs": [16, 32], "normed": [False, True], "cache": [None, "float8_e4m3fn", "float8_e5m2"]}),
     ids=name,
 )  # fmt: skip
 def test_rope_write_lowers_in_place(case):
     struct, kv_heads, dim, dtype = jax.ShapeDtypeStruct, case["kv_heads"], case["dim"], case["dtype"]
-    pool, angle = struct((1024, kv_heads, 16, dim), dtype), struct((7, case["pairs"]), jnp.float32)
+    pool, angle = struct((1024, kv_heads, 16, dim), case["cache"] or dtype), struct((7, case["pairs"]), jnp.float32)
     qkv, scales = struct((7, kv_heads * (case["group"] + 2), dim), dtype), [struct((dim,), dtype)] * 2 * case["normed"]
     function = partial(kernels.rope_write, eps=1e-5)
     text = lower_for_cuda(function, pool, pool, qkv, angle, angle, ints(7), ints(7), *scales)
     assert text.count(CUSTOM_CALL) == 1
     assert text.count("output_operand_alias<") == 2
+
+
+def test_pools_whose_elements_have_no_numbers_are_refused():
+    """Of one byte each they lie, in 2 to 4 GiB, beyond what the lowering's 32 bits with a sign can say."""
+    q, new = jax.ShapeDtypeStruct((4, 1, 4, 128), "bfloat16"), jax.ShapeDtypeStruct((4, 2, 128), "bfloat16")
+    qkv, angle = jax.ShapeDtypeStruct((4, 8, 128), "bfloat16"), jax.ShapeDtypeStruct((4, 64), "float32")
+
+    def programs(pages):
+        pool = jax.ShapeDtypeStruct((pages, 2, 16, 128), "float8_e4m3fn")
+        yield kernels.kv_write, pool, pool, new, new, ints(4), ints(4)
+        yield kernels.rope_write, pool, pool, qkv, angle, angle, ints(4), ints(4)
+        yield partial(kernels.paged_decode, scale=0.1), q, pool, pool, ints(4, 8), ints(4)
+        yield partial(kernels.paged_extend, scale=0.1, block_q=16), *extend_structs(new, pool, 4)
+
+    for wrong, right in zip(programs(2**19 + 1), programs(2**19)):
+        with pytest.raises(ValueError, match="at most 2 GiB, or of more than 4"):
+            lower_for_cuda(*wrong)
+        assert CUSTOM_CALL in lower_for_cuda(*right)
+    assert all(CUSTOM_CALL in lower_for_cuda(*program) for program in programs(2**20 + 1))
 
 
 @pytest.mark.parametrize("case", pairwise({"dtype": ["bfloat16", "float32"], "size": [64, 576, 4096]}), ids=name)

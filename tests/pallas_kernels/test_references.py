@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as kernels
+from pallas_kernels import paged_tile as tile
 from tests.pallas_kernels.cases import (
     Case,
     decode_inputs,
@@ -45,13 +46,21 @@ def test_paged_extend_reference(case):
     assert relative_error(out, naive_extend(*args, block_q=case.block_q, **case.options)) < 1e-6
 
 
-def test_kv_write_reference_casts_and_drops_page_zero():
-    k_pages, v_pages, k, v, page, offset = write_inputs(Case(head_dim=6, page_size=4, dtype="bfloat16"), tokens=11)
-    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-    out = kernels.kv_write_reference(k_pages, v_pages, k, v, page, offset)
-    for got, expected in zip(out, naive_write(k_pages, v_pages, k, v, page, offset)):
-        assert got.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(np.asarray(got), expected)
+@pytest.mark.parametrize("cache", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_kv_write_reference_casts_and_drops_page_zero(cache):
+    args = write_inputs(Case(head_dim=6, page_size=4, cache=cache), tokens=11)
+    for got, expected in zip(kernels.kv_write_reference(*args), naive_write(*args)):
+        assert got.dtype == cache
+        np.testing.assert_array_equal(*(np.asarray(x).astype(np.float32) for x in (got, expected)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("cache, most", [("float8_e4m3fn", 448), ("float8_e5m2", 57344)])
+def test_floats_of_8_bits_saturate_and_keep_nan(cache, most, dtype):
+    values = jnp.array([most, 1.2 * most, -1e30, jnp.inf, -jnp.inf, jnp.nan, 1.0625, -0.0, 1e-9], jnp.float32)
+    held = tile.stored(values.astype(dtype), jnp.dtype(cache)).astype(jnp.float32)
+    one = 1.0  # ties to even: 1.0625 lies between 1 and 1.125 or 1.25
+    np.testing.assert_array_equal(held, np.array([most, most, -most, most, -most, np.nan, one, -0.0, 0], np.float32))
 
 
 def test_paged_extend_reference_keeps_what_lies_in_no_block():
