@@ -114,10 +114,12 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 def rotary_decoder(
     a: Attributes, *, kv_heads: int | None = None, head_dim: int | None = None, positions: int,
     bos: int | None = None, eos: int | None = None, theta: float = 10_000.0, eps: float = 1e-6,
+    rope_parameters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What llama and its kin have in common; the arguments are the family's defaults.
 
-    `kv_heads`: None for as many as heads; `head_dim`: None for hidden_size / num_attention_heads.
+    `kv_heads`: None for as many as heads; `head_dim`: None for hidden_size / num_attention_heads. `rope_parameters`:
+    None for no scaling.
     """
     hidden, heads = a.take("hidden_size", int), a.take("num_attention_heads", int)
     layers = a.take("num_hidden_layers", int)
@@ -140,7 +142,7 @@ def rotary_decoder(
         "tie_word_embeddings": a.take("tie_word_embeddings", bool, False),
         "attention_scales": (width**-0.5,) * layers,
         "windows": (None,) * layers,
-        "rope": rope(a, width, positions, theta),
+        "rope": rope(a, width, positions, theta, rope_parameters or {}),
     }
 
 
@@ -148,7 +150,9 @@ def activation(name: str) -> str:
     return {"swish": "silu", "gelu_python": "gelu"}.get(name, name)
 
 
-def rope(a: Attributes, head_dim: int, positions: int, default_theta: float) -> dict[str, Any]:
+def rope(
+    a: Attributes, head_dim: int, positions: int, default_theta: float, default: Mapping[str, Any]
+) -> dict[str, Any]:
     """RopeConfig's arguments. Both spellings: rope_parameters, or rope_theta beside rope_scaling."""
     theta = a.take("rope_theta", float, None)
     legacy = a.take("rope_scaling", dict, None)
@@ -157,7 +161,7 @@ def rope(a: Attributes, head_dim: int, positions: int, default_theta: float) -> 
         raise ConversionError(
             f"rope_scaling={legacy!r} and rope_parameters={stated!r} together: one of them must be null"
         )
-    given = {name: value for name, value in (legacy or stated or {}).items() if value is not None}
+    given = {name: value for name, value in (legacy or stated or default).items() if value is not None}
     older = given.pop("type", "default")
     kind = given.pop("rope_type", older)
     theta = given.pop("rope_theta", default_theta if theta is None else theta)
@@ -205,12 +209,17 @@ def windows(a: Attributes, layers: int) -> tuple[int | None, ...]:
     window = window if used else None
     if kinds is None:
         return tuple(window if i >= first else None for i in range(layers))
+    return windows_by_kind(kinds, window, layers)
+
+
+def windows_by_kind(kinds: list[str], window: int | None, layers: int) -> tuple[int | None, ...]:
+    """Per layer, from layer_types."""
     if len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
         raise ConversionError(
             f"layer_types={kinds!r} must be sliding_attention or full_attention for each of {layers} layers"
         )
     if "sliding_attention" in kinds and window is None:
-        raise ConversionError(f"layer_types={kinds!r}, but use_sliding_window={used} leaves no sliding_window")
+        raise ConversionError(f"layer_types={kinds!r}, but the config leaves no sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

@@ -3,13 +3,24 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from converters import ConversionError, UnsupportedOptionError, gpt2, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from converters import (
+    ConversionError,
+    UnsupportedOptionError,
+    gpt2,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from converters.attributes import Attributes
 from converters.tensors import Target, find, find_sources
 
 FAMILIES: dict[str, Any] = {
-    "gpt2": gpt2, "llama": llama, "mistral": mistral, "mixtral": mixtral, "qwen2": qwen2, "qwen3": qwen3,
-    "qwen3_moe": qwen3_moe,
+    "gpt2": gpt2, "gpt_oss": gpt_oss, "llama": llama, "mistral": mistral, "mixtral": mixtral, "qwen2": qwen2,
+    "qwen3": qwen3, "qwen3_moe": qwen3_moe,
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from converters import ConversionError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),
+         "U8": np.dtype(np.uint8)}  # fmt: skip
 
 
 class SafetensorsFile:
@@ -110,8 +111,8 @@ class SafetensorsCheckpoint:
         return {name: (file.shapes[name], file.dtypes[name]) for name, file in self._files.items()}
 
     def read(self, name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
-        """One tensor of a dtype that is served, or a part; KeyError for a name that is not in `names()`. For several
-        threads."""
+        """One tensor of a dtype that is served, or of U8, or a part; KeyError for a name that is not in `names()`. For
+        several threads."""
         try:
             return self._files[name].read(name, part)
         except OSError as error:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -10,12 +10,14 @@ class Target:
     """Canonical parameters that one tensor holds; several are equal shares of its last dimension, in this order.
 
     `transposed`: the tensor is `[out, in]`, the parameter `[in, out]`. `index`: the tensor is that entry of the
-    parameter's first dimension, which has others of the same kind.
+    parameter's first dimension, which has others of the same kind. `interleaved`: the shares take turns, column by
+    column.
     """
 
     paths: tuple[str, ...]
     transposed: bool = False
     index: int | None = None
+    interleaved: bool = False
 
     def stored_shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """The tensor's, from those of the parameters."""
@@ -43,7 +45,7 @@ def find(table: Mapping[str, Target], prefix: str, name: str) -> Target | None:
     if target is None or not numbers:
         return target
     index = int(numbers[1]) if len(numbers) > 1 else None
-    return Target(tuple(path.format(numbers[0]) for path in target.paths), target.transposed, index)
+    return replace(target, paths=tuple(path.format(numbers[0]) for path in target.paths), index=index)
 
 
 def find_sources(table: Mapping[str, Target], path: str, count: int) -> list[str]:

@@ -43,6 +43,8 @@ class ExpertsConfig:
     intermediate_size: int  # of each expert
     normalize: bool  # the weights of a token's experts sum to 1
     layers: tuple[int, ...]  # those that have experts, ascending; the others have an MLP of ModelConfig's size
+    bias: bool = False  # the router and the three products of each expert have one
+    swiglu: tuple[float, float] | None = None  # see layers.activation.clamped_swiglu; None: activation(gate) * up
 
     def __post_init__(self):
         for name in ("count", "per_token", "intermediate_size"):
@@ -50,6 +52,8 @@ class ExpertsConfig:
                 raise ConfigError(f"experts: {name}={getattr(self, name)!r} must be a positive integer")
         if self.per_token > self.count:
             raise ConfigError(f"experts: {self.per_token=} is more than {self.count=}")
+        if self.swiglu is not None and min(self.swiglu) <= 0:
+            raise ConfigError(f"experts: {self.swiglu=} must be two positive numbers, or None")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False  # a logit of each head that the softmax counts beside those of the keys
     tie_word_embeddings: bool = False
     dtype: str = "float32"  # of the checkpoint
     bos_token_id: int | None = None

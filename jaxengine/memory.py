@@ -40,7 +40,9 @@ def temporary_bytes(model: ModelConfig, sizes: Sizes, max_logprobs: int, dtype: 
     inner, wide = 4 * model.intermediate_size if model.has_mlp else 0, max(item, 4)
     layer = 0
     if experts := model.experts:  # each token's rows, sorted and multiplied, and where it stands among all experts
-        rows_of_experts = 3 * model.hidden_size + 2 * experts.intermediate_size + experts.count
+        with_biases = (1, 3) if experts.bias else (0, 0)  # the products apart, and each row's biases
+        rows_of_experts = (3 + with_biases[0]) * model.hidden_size + experts.count
+        rows_of_experts += (2 + with_biases[1]) * experts.intermediate_size
         inner = max(inner, experts.per_token * rows_of_experts)
         if attention != "triton":  # copies an expert's kernels
             layer = 3 * model.hidden_size * experts.intermediate_size * wide

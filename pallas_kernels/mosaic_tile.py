@@ -16,6 +16,7 @@ ALIGN = 8  # rows that TMA copies to swizzled shared memory together
 SWIZZLE = 128  # bytes
 # Of an array (shape, dtype) on its way between global and swizzled shared memory: 16 bytes a thread, no bank conflicts.
 COPY_LAYOUT = partial(plgpu.Layout.SMEM_GMEM_COPY, swizzle=SWIZZLE)
+BY_ROW = plgpu.Layout.WGMMA.reduce(1)  # of a number for each row of a product
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]  # weighted values [ROWS, D], top scores and total weights [ROWS]
 
@@ -71,13 +72,13 @@ def clear_beyond(values, count: jax.Array, when: bool | jax.Array) -> None:
         plgpu.commit_smem()
 
 
-def start(dim: int) -> Carry:
-    """The carry before the first tile."""
-    by_row = plgpu.Layout.WGMMA.reduce(1)
+def start(dim: int, sinks: jax.Array | None = None) -> Carry:
+    """The carry before the first tile: the sinks, float32 [ROWS] or one, each of weight 1 and no value, or nothing."""
+    top, total = (tile.HIDDEN, 0.0) if sinks is None else (sinks * tile.LOG2E, 1.0)
     return (
         plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((ROWS,), tile.HIDDEN, jnp.float32), by_row),
-        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
+        plgpu.layout_cast(jnp.full((ROWS,), top, jnp.float32), BY_ROW),
+        plgpu.layout_cast(jnp.full((ROWS,), total, jnp.float32), BY_ROW),
     )
 
 

@@ -64,6 +64,7 @@ def paged_decode(
     page_table: jax.Array,
     lengths: jax.Array,
     *,
+    sinks: jax.Array | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -75,11 +76,12 @@ def paged_decode(
     q [R, Q, H, D], Q from 1 to 8: query j of row r stands at position lengths[r] - Q + j. Pools [pages, KH, page_size,
     D], H a multiple of KH; floats of 8 bits become q's dtype. page_table [R, W] int32; lengths [R] int32, at most
     W * page_size. A query sees the last `window` keys, its own included. Entries of the table outside a row's window
-    and length are not used.
+    and length are not used. sinks [H], floats: for each head a score that the softmax counts beside those of the keys,
+    without a value; neither `scale` nor `softcap` changes it.
     Returns [R, Q, H, D] in q's dtype; zeros for a row of length 0. ValueError for shapes that do not fit.
     tuning: a TuningConfig of this file, the default, or of `paged_decode_mosaic`, which also names the kernel.
     """
-    tile.check(q, k_pages, v_pages, window, softcap)
+    tile.check(q, k_pages, v_pages, window, softcap, sinks)
     rows, queries = q.shape[:2]
     if not 1 <= queries <= MAX_QUERIES:
         raise ValueError(f"{queries=} per row must be 1 to {MAX_QUERIES}; use paged_extend for more")
@@ -90,8 +92,8 @@ def paged_decode(
         from pallas_kernels import paged_decode_mosaic as mosaic  # costs half a second
 
         return mosaic.paged_decode_mosaic(
-            q, k_pages, v_pages, page_table, lengths, scale=scale, window=window, softcap=softcap, tuning=tuning,
-            interpret=interpret,
+            q, k_pages, v_pages, page_table, lengths, sinks=sinks, scale=scale, window=window, softcap=softcap,
+            tuning=tuning, interpret=interpret,
         )  # fmt: skip
     triton_tile.check_offsets(k_pages, v_pages)
     kv_heads, page_size = k_pages.shape[1:3]
@@ -108,12 +110,12 @@ def paged_decode(
         partial(_kernel, block_kv=tuning.block_kv, scale=scale, window=window, softcap=softcap),
         out_shape=out_shape,
         grid=(parts, kv_heads),
-        in_specs=[whole] * 8,
+        in_specs=[*[whole] * 8, None if sinks is None else whole],
         out_specs=[whole] * len(out_shape),
         compiler_params=plt.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages),
         interpret=interpret,
         name="paged_decode",
-    )(cut.row, cut.place, cut.parts, page_table, lengths, q, k_pages, v_pages)
+    )(cut.row, cut.place, cut.parts, page_table, lengths, q, k_pages, v_pages, sinks)
     if not partial_results:
         return out
     return pl.pallas_call(
@@ -173,6 +175,7 @@ def paged_decode_reference(
     page_table: jax.Array,
     lengths: jax.Array,
     *,
+    sinks: jax.Array | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -193,7 +196,11 @@ def paged_decode_reference(
     seen = key <= position
     if window is not None:
         seen &= key > position - window
-    weight = jax.nn.softmax(jnp.where(seen[:, None, None], scores, tile.HIDDEN), axis=-1)
+    scores = jnp.where(seen[:, None, None], scores, tile.HIDDEN)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
+    weight = jax.nn.softmax(scores, axis=-1)[..., : len(key)]
     weight = jnp.where(seen[:, None, None], weight, 0)
     v = jnp.where(seen.any(axis=1)[:, None, :, None], v, 0)  # unused slots may hold NaN
     return einsum("rhgqk,rhkd->rqhgd", weight, v).reshape(q.shape).astype(q.dtype)
@@ -212,6 +219,7 @@ def _kernel(
     q_ref,  # [R, Q, H, D]
     k_ref,  # [pages, KH, page_size, D]
     v_ref,
+    sinks_ref,  # [H], or None
     out_ref,  # [R, Q, H, D]: of rows of one part
     *partial_refs,  # of the others: [P, Q, H, D], and log2 of the weights' sums [P, Q, H]
     block_kv: int,
@@ -254,7 +262,10 @@ def _kernel(
 
         begin = jnp.minimum(part_place_ref[part] * per_part, blocks)
         end = jnp.minimum(begin + per_part, blocks)
-        carry = jax.lax.fori_loop(begin, end, body, triton_tile.start(m.size, d.size))
+        sinks = None
+        if sinks_ref is not None:  # they count once for a row, so in its first part
+            sinks = jnp.where(part_place_ref[part] == 0, sinks_ref[q_head].astype(jnp.float32), tile.HIDDEN)
+        carry = jax.lax.fori_loop(begin, end, body, triton_tile.start(m.size, d.size, sinks))
         out = triton_tile.finish(carry)
         alone = True if not partial_refs else parts == 1
         plt.store(out_ref.at[(row, *index)], out.astype(out_ref.dtype), mask=mask & alone)

@@ -83,6 +83,7 @@ def paged_decode_mosaic(
     page_table: jax.Array,
     lengths: jax.Array,
     *,
+    sinks: jax.Array | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -111,6 +112,9 @@ def paged_decode_mosaic(
     q = q.reshape(rows, queries, kv_heads, group, dim).swapaxes(1, 2).reshape(-1, dim)
     padding = -len(q) % ALIGN
     q = jnp.pad(q, ((0, padding), (0, 0))) if padding else q
+    if sinks is not None:  # for each row of an item, and room for those of a tile around it
+        sinks = jnp.repeat(sinks.astype(jnp.float32).reshape(kv_heads, 1, group), queries, axis=1)
+        sinks = jnp.pad(sinks.ravel(), (ALIGN, ROWS))
     columns, swizzled = SWIZZLE // dtype.itemsize, partial(mosaic_tile.swizzled, dtype=dtype)
     kv = swizzled((consumers, stages, tuning.block_kv, dim))
     copies = tuning.block_kv // unit  # of a tile
@@ -147,7 +151,8 @@ def paged_decode_mosaic(
         kernel_name="paged_decode_mosaic",
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(work.streams, work.order, lengths, page_table, q,
-      k_pages.reshape(pages * kv_heads, page_size, dim), v_pages.reshape(pages * kv_heads, page_size, dim))  # fmt: skip
+      k_pages.reshape(pages * kv_heads, page_size, dim), v_pages.reshape(pages * kv_heads, page_size, dim),
+      sinks)  # fmt: skip
     out = padded[: len(padded) - padding]
     if cut:
         partial_out, log_total = partial_results
@@ -163,6 +168,7 @@ class Refs(NamedTuple):
     q: Any  # [items * of_item, D]
     k: Any  # [pages * KH, page_size, D]
     v: Any
+    sinks: Any  # [ALIGN + KH * of_item + ROWS], or None
     out: Any  # as q
     partial: Any  # [2 * S, of_item, D]
     log_total: Any  # [2 * S, ROWS]
@@ -192,13 +198,14 @@ class Segment(NamedTuple):
     key_start: jax.Array
     key_end: jax.Array
     steps: jax.Array
+    begins: jax.Array  # bool: it has the item's first unit
     slot: jax.Array  # of partial results, -1: it is all of the item
 
 
 def _kernel(settings: Settings, *args) -> None:
     if not settings.simulated:
         name_alike(args[0])
-    ins, scratch = (args[:10], args[10:]) if settings.cut else ((*args[:8], None, None), args[8:])
+    ins, scratch = (args[:11], args[11:]) if settings.cut else ((*args[:9], None, None), args[9:])
     refs = Refs(*(*ins, scratch[0], *scratch[1], *scratch[2:]))
     warpgroup, consumers = jax.lax.axis_index("warpgroup"), settings.consumers
     pl.when(warpgroup < consumers)(partial(_consume, refs, settings, warpgroup))
@@ -227,10 +234,11 @@ def _for_each_segment(refs: Refs, settings: Settings, worker: jax.Array, functio
         base, count = units(length, settings.queries, page_size, settings.window, unit)
         begin = jnp.where(i == 0, stream.begin, 0)
         end = jnp.minimum(jnp.where(i == stream.segments - 1, stream.end, count), count)
-        slot = jnp.where((begin == 0) & (end == count), -1, 2 * number + jnp.where(begin == 0, 1, 0))
+        begins = begin == 0
+        slot = jnp.where(begins & (end == count), -1, 2 * number + jnp.where(begins, 1, 0))
         steps = tile.div((end - begin) * unit + block_kv - 1, block_kv)
         key_end = jnp.minimum(length, base + end * unit)
-        segment = Segment(row, kv_head, length, base + begin * unit, key_end, steps, slot)
+        segment = Segment(row, kv_head, length, base + begin * unit, key_end, steps, begins, slot)
         next_start = units(next_length, settings.queries, page_size, settings.window, unit)[0]
         kv_head += (next_rank == 0).astype(jnp.int32)
         state = function(segment, first, (i + 1 < stream.segments, next_row, kv_head, next_start), state)
@@ -434,4 +442,9 @@ def _attend(
         plgpu.barrier_arrive(refs.v_released.at[barrier])
         return out, top, total
 
-    return jax.lax.fori_loop(0, segment.steps, body, mosaic_tile.start(dim))
+    sinks = None
+    if refs.sinks is not None:  # they count once for an item
+        place = ALIGN + segment.kv_head * (settings.queries * settings.group) - offset
+        sinks = plgpu.load(refs.sinks.at[pl.ds(place, ROWS)], layout=mosaic_tile.BY_ROW, optimized=False)
+        sinks += jnp.where(segment.begins, 0, tile.HIDDEN)
+    return jax.lax.fori_loop(0, segment.steps, body, mosaic_tile.start(dim, sinks))

@@ -63,6 +63,7 @@ def paged_extend(
     out: jax.Array | None = None,
     *,
     block_q: int,
+    sinks: jax.Array | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -75,12 +76,13 @@ def paged_extend(
     Block b holds tokens block_start[b] to block_start[b] + block_q of q, as far as they are row block_row[b]'s;
     block_row -1 is an empty block. Pools [pages, KH, page_size, D], H a multiple of KH; page_table [R, W]; all index
     arrays int32. A query sees the last `window` keys, its own included. Entries of the table outside a row's window and
-    length are not used. Returns [T, H, D] in q's dtype; tokens in no block have what `out` [T, H, D] holds, or zeros.
+    length are not used. sinks [H]: see `paged_decode`.
+    Returns [T, H, D] in q's dtype; tokens in no block have what `out` [T, H, D] holds, or zeros.
     Blocks are best listed from those that see many keys to those that see few: work is dealt out in this order.
     tuning: a TuningConfig of this file or of `paged_extend_mosaic`, which also names the kernel, whatever the card.
     ValueError for shapes that do not fit.
     """
-    tile.check(q, k_pages, v_pages, window, softcap)
+    tile.check(q, k_pages, v_pages, window, softcap, sinks)
     rows, blocks = page_table.shape[0], block_row.shape[0]
     if not (q_start.shape == q_len.shape == lengths.shape == (rows,)) or block_start.shape != (blocks,):
         raise ValueError(f"{rows=} of page_table, but {q_start.shape=} {q_len.shape=} {lengths.shape=}; "
@@ -96,7 +98,7 @@ def paged_extend(
 
         return mosaic.paged_extend_mosaic(
             q, k_pages, v_pages, page_table, block_row, block_start, q_start, q_len, lengths, out, block_q=block_q,
-            scale=scale, window=window, softcap=softcap, tuning=tuning, interpret=interpret,
+            sinks=sinks, scale=scale, window=window, softcap=softcap, tuning=tuning, interpret=interpret,
         )  # fmt: skip
     triton_tile.check_offsets(k_pages, v_pages)
     kv_heads = k_pages.shape[1]
@@ -108,13 +110,13 @@ def paged_extend(
         kernel,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(blocks, kv_heads, tiles),
-        in_specs=[whole] * 10,
+        in_specs=[*[whole] * 10, None if sinks is None else whole],
         out_specs=whole,
         input_output_aliases={9: 0},  # what is there stays where no block writes
         compiler_params=plt.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages),
         interpret=interpret,
         name="paged_extend",
-    )(block_row, block_start, q_start, q_len, lengths, page_table, q, k_pages, v_pages, out)
+    )(block_row, block_start, q_start, q_len, lengths, page_table, q, k_pages, v_pages, out, sinks)
 
 
 def _choose(q, k_pages, v_pages, block_q: int, scale: float, interpret: bool) -> Any:
@@ -141,6 +143,7 @@ def paged_extend_reference(
     out: jax.Array | None = None,
     *,
     block_q: int,
+    sinks: jax.Array | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -154,7 +157,7 @@ def paged_extend_reference(
 
     def one(args):
         q, table, length = args
-        return paged_decode_reference(q[None, None], k_pages, v_pages, table[None], length[None],
+        return paged_decode_reference(q[None, None], k_pages, v_pages, table[None], length[None], sinks=sinks,
                                       scale=scale, window=window, softcap=softcap)[0, 0]  # fmt: skip
 
     result = jax.lax.map(one, (q, page_table[row], length), batch_size=16)
@@ -172,6 +175,7 @@ def _kernel(
     k_ref,  # [pages, KH, page_size, D]
     v_ref,
     _out,  # aliased to the output
+    sinks_ref,  # [H], or None
     out_ref,  # [T, H, D]
     *,
     block_q: int,
@@ -204,7 +208,8 @@ def _kernel(
 
         @pl.when(first_token < end_token)
         def _():
-            index = (token[:, None], (head * group + tile.rem(m, group))[:, None], d[None, :])
+            q_head = head * group + tile.rem(m, group)
+            index = (token[:, None], q_head[:, None], d[None, :])
             mask = real[:, None] & (d < dim)[None, :]
             q = plt.load(q_ref.at[index], mask=mask, other=0)
             base = tile.first_key(context + first_token, window, page_size)
@@ -223,7 +228,8 @@ def _kernel(
                 return triton_tile.attend(carry, q, k, v, seen, scale, softcap)
 
             blocks = tile.div(length - base + block_kv - 1, block_kv)
-            carry = triton_tile.start(tile_rows, d.size)
+            sinks = None if sinks_ref is None else sinks_ref[q_head]
+            carry = triton_tile.start(tile_rows, d.size, sinks)
             masked_from: int | jax.Array = 0
             if window is None:
                 masked_from = tile.div(context + first_token + 1, block_kv)

@@ -76,6 +76,7 @@ def paged_extend_mosaic(
     out: jax.Array,
     *,
     block_q: int,
+    sinks: jax.Array | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -122,7 +123,7 @@ def paged_extend_mosaic(
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(block_row, block_start, q_start, q_len, lengths, page_table, q,
       k_pages.reshape(pages * kv_heads, page_size, dim), v_pages.reshape(pages * kv_heads, page_size, dim),
-      out_ref)  # fmt: skip
+      sinks, out_ref)  # fmt: skip
     return out_ref[...]
 
 
@@ -136,6 +137,7 @@ class Refs(NamedTuple):
     q: Any  # [T, H, D]
     k: Any  # [pages * KH, page_size, D]
     v: Any
+    sinks: Any  # [H], or None
     out: Any  # [T, H, D]
     # Shared memory.
     q_smem: Any  # [buffers, CONSUMERS, ROWS, D]: the queries of an item, at last its output
@@ -356,7 +358,7 @@ def _attend(
         plgpu.barrier_arrive(refs.v_released.at[slot])
         return out, top, total
 
-    carry = mosaic_tile.start(dim)
+    carry = mosaic_tile.start(dim, None if refs.sinks is None else refs.sinks[unit.head].astype(jnp.float32))
     whole_start: int | jax.Array = 0
     whole_end = tile.div(context + item.first_token + 1 - key_start, block_kv)
     if window is not None:

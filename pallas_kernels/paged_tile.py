@@ -12,7 +12,14 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 FLOAT8 = (jnp.float8_e4m3fn, jnp.float8_e5m2)  # of pools only
 
 
-def check(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, window: int | None, softcap: float | None) -> None:
+def check(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    window: int | None,
+    softcap: float | None,
+    sinks: jax.Array | None,
+) -> None:
     """Raises ValueError when q `[..., heads, head_dim]` does not fit the pools, or an option is out of range."""
     heads, dim = q.shape[-2:]
     if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
@@ -28,6 +35,8 @@ def check(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, window: int | No
         raise ValueError(f"{window=} must be at least 1, or None for no window")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{softcap=} must be positive, or None for no softcap")
+    if sinks is not None and (sinks.shape != (heads,) or not jnp.issubdtype(sinks.dtype, jnp.floating)):
+        raise ValueError(f"{sinks.shape=} {sinks.dtype=} must be a logit for each of {heads=}, or sinks=None")
 
 
 def stored(values: jax.Array, dtype) -> jax.Array:

@@ -66,13 +66,12 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
-def start(rows: int, dim: int) -> Carry:
-    """The carry before the first tile."""
-    return (
-        jnp.zeros((rows, dim), jnp.float32),
-        jnp.full((rows,), tile.HIDDEN, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
-    )
+def start(rows: int, dim: int, sinks: jax.Array | None = None) -> Carry:
+    """The carry before the first tile: the sinks [M], each a score of weight 1 and no value, or nothing."""
+    out = jnp.zeros((rows, dim), jnp.float32)
+    if sinks is None:
+        return out, jnp.full((rows,), tile.HIDDEN, jnp.float32), jnp.zeros((rows,), jnp.float32)
+    return out, sinks.astype(jnp.float32) * tile.LOG2E, jnp.ones((rows,), jnp.float32)
 
 
 def attend(

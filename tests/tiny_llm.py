@@ -28,6 +28,10 @@ CONFIGS = {
                         "sliding_window": WINDOW, "use_sliding_window": True},
     "experts": SIZES | {"model_type": "mixtral", "num_hidden_layers": 2, "architectures": ["MixtralForCausalLM"],
                         "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    # Every other layer has a window.
+    "sinks": SIZES | {"model_type": "gpt_oss", "num_hidden_layers": 3, "architectures": ["GptOssForCausalLM"],
+                      "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
+                      "swiglu_limit": 2.0},
 }  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -58,6 +62,15 @@ def tensors(kind="llama"):
                 at = f"block_sparse_moe.experts.{expert}"
                 parts |= {f"{at}.w1.weight": (inner, hidden), f"{at}.w3.weight": (inner, hidden),
                           f"{at}.w2.weight": (hidden, inner)}  # fmt: skip
+        if config["model_type"] == "gpt_oss":
+            parts = {name: shape for name, shape in parts.items() if not name.startswith("mlp.")}
+            parts |= {f"self_attn.{part}_proj.bias": (size,) for part, size in zip("qkvo", (hidden, kv, kv, hidden))}
+            count = config["num_local_experts"]
+            parts |= {"self_attn.sinks": (config["num_attention_heads"],), "mlp.router.weight": (count, hidden),
+                      "mlp.router.bias": (count,), "mlp.experts.gate_up_proj": (count, hidden, 2 * inner),
+                      "mlp.experts.gate_up_proj_bias": (count, 2 * inner),
+                      "mlp.experts.down_proj": (count, inner, hidden),
+                      "mlp.experts.down_proj_bias": (count, hidden)}  # fmt: skip
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in parts.items()}
     return {name: tiny.tensor(name, shape) for name, shape in shapes.items()}
 

@@ -110,16 +110,17 @@ def attend(
     inputs: LayerInputs,
     cache: LayerCache,
     *,
+    sinks: jax.Array | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
     """Causal attention of each token to all of its row in the pages, where its own k, v are by now.
 
-    q [tokens, heads, head_dim] -> the same shape.
+    q [tokens, heads, head_dim] -> the same shape. sinks [heads]: see pallas_kernels.paged_decode.
     """
     step, table = inputs.step, inputs.table
-    options = {"scale": scale, "window": window, "softcap": softcap}
+    options = {"sinks": sinks, "scale": scale, "window": window, "softcap": softcap}
     op, rows, cache = ops(step.implementation), len(step.lengths), _floats(cache, inputs)
     if step.block_row is None:
         return op.paged_decode(q[:, None], *cache, table, step.lengths, **options)[:, 0]

@@ -39,7 +39,8 @@ class Linear(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """x [rows, in] -> float32 [rows, out], never rounded to x's dtype on the way."""
-        return self._product(x, jnp.float32)
+        y = self._product(x, jnp.float32)
+        return y if self.bias is None else y + self.bias[...]
 
     def _product(self, x: jax.Array, dtype) -> jax.Array:
         if self.kernel is not None:

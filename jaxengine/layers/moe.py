@@ -1,6 +1,7 @@
 """A mixture of experts: a router chooses some for each token, whose products are added by weight.
 
-Shazeer et al. 2017; softmax before the choice, as in Fedus et al. 2021 and transformers' Mixtral and Qwen3-MoE.
+Shazeer et al. 2017; softmax before the choice, as in Fedus et al. 2021 and transformers' Mixtral and Qwen3-MoE. The
+softmax of the chosen only, as gpt_oss has it, is the same divided by its sum.
 """
 
 from collections.abc import Mapping
@@ -11,22 +12,23 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxengine.config import ModelConfig
-from jaxengine.layers.activation import ACTIVATIONS
+from jaxengine.layers.activation import ACTIVATIONS, clamped_swiglu
 from jaxengine.layers.attention import LayerInputs
 from jaxengine.layers.linear import Linear
 from jaxengine.layers.ops import ops
-from jaxengine.sharding import EXPERT, Axis, share_ids, total
+from jaxengine.sharding import EXPERT, TENSOR, Axis, once, share_ids, total
 
 
 class Stacked(nnx.Module):
-    """The same kernel of all experts, [experts, in, out]."""
+    """The same kernel of all experts, [experts, in, out], and bias, [experts, out], where the parameters have one."""
 
     def __init__(self, params: Mapping[str, jax.Array]):
         self.kernel = nnx.Param(params["kernel"])
+        self.bias = nnx.Param(params["bias"]) if "bias" in params else None
 
 
 class Experts(nnx.Module):
-    """Their three kernels, named as canonical paths have them."""
+    """Their three products, named as canonical paths have them."""
 
     def __init__(self, params: Mapping[str, Any]):
         self.gate_proj, self.up_proj, self.down_proj = (
@@ -41,21 +43,32 @@ class MoE(nnx.Module):
         assert config.experts is not None
         self.gate, self.experts, self.axis = Linear(params["gate"]), Experts(params["experts"]), axis
         self.per_token, self.normalize = config.experts.per_token, config.experts.normalize
-        self.activation = config.activation
+        self.activation, self.swiglu = config.activation, config.experts.swiglu
 
     def __call__(self, x: jax.Array, inputs: LayerInputs) -> jax.Array:
         """x [tokens, hidden] -> the same shape (with peers a part of it); zeros for padding, which no expert sees."""
         weights, experts = self.route(x)
-        stacked = self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj
-        op, (gate, up, down) = ops(inputs.step.implementation), (each.kernel[...] for each in stacked)
-        group = experts - share_ids(len(down), None if self.axis is None else EXPERT)[0]
-        own = (group >= 0) & (group < len(down)) & (inputs.page != 0)[:, None]
+        gate, up, down = self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj
+        op, count = ops(inputs.step.implementation), len(down.kernel[...])
+        group = experts - share_ids(count, None if self.axis is None else EXPERT)[0]
+        own = (group >= 0) & (group < count) & (inputs.page != 0)[:, None]
         # Sorted by expert: what no expert of this device wants goes to the end, where the products leave it alone.
-        group = jnp.where(own, group, len(down)).reshape(-1)
+        group = jnp.where(own, group, count).reshape(-1)
         order = jnp.argsort(group)
-        sizes = jnp.sum(group[:, None] == jnp.arange(len(down)), axis=0, dtype=jnp.int32)
-        inner = op.grouped_gated_matmul(x[order // self.per_token], gate, up, sizes, ACTIVATIONS[self.activation])
-        y = op.grouped_matmul(inner, down, sizes)
+        sizes = jnp.sum(group[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+        sorted_x, sorted_group = x[order // self.per_token], group[order]
+        activation = ACTIVATIONS[self.activation]
+
+        def product(x: jax.Array, each: Stacked, axis: Axis | None = None) -> jax.Array:
+            y = op.grouped_matmul(x, each.kernel[...], sizes)
+            return y if each.bias is None else y + once(each.bias.at[sorted_group].get(mode="clip"), axis)
+
+        if self.swiglu is None and gate.bias is None:
+            inner = op.grouped_gated_matmul(sorted_x, gate.kernel[...], up.kernel[...], sizes, activation)
+        else:
+            parts = product(sorted_x, gate), product(sorted_x, up)
+            inner = activation(parts[0]) * parts[1] if self.swiglu is None else clamped_swiglu(*parts, *self.swiglu)
+        y = product(inner, down, None if self.axis is None else TENSOR)  # whose parts are summed
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
         y = y[place].reshape(*experts.shape, -1).astype(jnp.float32)
         y = jnp.where(own[:, :, None], weights[:, :, None] * y, 0)

@@ -15,7 +15,9 @@ NOTHING = -1e30  # score of a key that is not seen
 ITEM_TOKENS, ROW_ITEMS = 32, 4  # decode: tokens of an item, at least a page; items a step of the loop, for each row
 
 
-def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None, softcap=None) -> jax.Array:
+def paged_decode(
+    q, k_pages, v_pages, page_table, lengths, *, sinks=None, scale, window=None, softcap=None
+) -> jax.Array:
     """See pallas_kernels.paged_decode: q [R, Q, H, D], page_table [R, W], lengths [R] -> [R, Q, H, D].
 
     All rows' pages are one list of items, of which each step of the loop takes some: no row waits for a longer.
@@ -56,13 +58,13 @@ def paged_decode(q, k_pages, v_pages, page_table, lengths, *, scale, window=None
         out = out * decay[..., None] + add_up(_dot("rhms,rhsd->rhmd", weight.astype(q.dtype), v))
         return out, new_top, total * decay + add_up(weight.sum(-1))
 
-    out = _softmax(body, 0, (ends[-1] + count - 1) // count, q)
+    out = _softmax(body, 0, (ends[-1] + count - 1) // count, q, sinks)
     return out.reshape(rows, kv_heads, queries, -1, dim).swapaxes(1, 2).reshape(rows, queries, heads, dim)
 
 
 def paged_extend(
     q, k_pages, v_pages, page_table, block_row, block_start, q_start, q_len, lengths, out=None,
-    *, block_q, scale, window=None, softcap=None,
+    *, block_q, sinks=None, scale, window=None, softcap=None,
 ) -> jax.Array:  # fmt: skip
     """See pallas_kernels.paged_extend: q [T, H, D] -> [T, H, D], `out` or zeros for tokens in no block."""
     tokens, heads, dim = q.shape
@@ -81,7 +83,7 @@ def paged_extend(
         position = jnp.where(inside, lengths[row] - q_len[row] + index - q_start[row], -1)
         first = 0 if window is None else jnp.maximum(lengths[row] - q_len[row] + start - q_start[row] + 1 - window, 0)
         result = _attend(query, k_pages, v_pages, page_table[row][None], jnp.repeat(position, group)[None],
-                         first, jnp.max(position) + 1, scale, window, softcap)  # fmt: skip
+                         first, jnp.max(position) + 1, scale, window, softcap, sinks)  # fmt: skip
         result = result.reshape(kv_heads, block_q, group, dim).swapaxes(0, 1).reshape(block_q, heads, dim)
         old = jax.lax.dynamic_slice_in_dim(out, start, block_q)
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(inside[:, None, None], result, old), start, 0)
@@ -90,7 +92,7 @@ def paged_extend(
     return jax.lax.fori_loop(0, blocks, body, jnp.zeros_like(padded) if out is None else jnp.pad(out, padding))[:tokens]
 
 
-def _attend(q, k_pages, v_pages, table, positions, first, end, scale, window, softcap):
+def _attend(q, k_pages, v_pages, table, positions, first, end, scale, window, softcap, sinks):
     """A row's q [1, KH, M, D] at positions [1, M] against keys first..end of its pages [1, W] -> [1, KH, M, D]."""
     kv_heads, page_size, dim = k_pages.shape[1:]
     # At least two blocks: with one, XLA changes the layout of the pool, which copies all of it.
@@ -109,13 +111,18 @@ def _attend(q, k_pages, v_pages, table, positions, first, end, scale, window, so
         out = out * decay[..., None] + _dot("rhms,rhsd->rhmd", weight.astype(q.dtype), v)
         return out, new_top, total * decay + weight.sum(-1)
 
-    return _softmax(body, first // block, (end + block - 1) // block, q)
+    return _softmax(body, first // block, (end + block - 1) // block, q, sinks)
 
 
-def _softmax(body, start, stop, q):
+def _softmax(body, start, stop, q, sinks):
     """Loops over sums of weighted values, the largest scores and sums of weights of q [R, KH, M, D] -> as q."""
     shape = q.shape[:3]
-    carry = jnp.zeros(q.shape, jnp.float32), jnp.full(shape, NOTHING), jnp.zeros(shape)
+    top, total = jnp.full(shape, NOTHING), jnp.zeros(shape)
+    if sinks is not None:  # [H]: a score of weight 1, without a value, before the first key
+        sinks = sinks.astype(jnp.float32).reshape(shape[1], 1, -1)  # M is tokens x H / KH
+        sinks = jnp.broadcast_to(sinks, (shape[1], shape[2] // sinks.shape[2], sinks.shape[2]))
+        top, total = jnp.broadcast_to(sinks.reshape(shape[1:]), shape), jnp.ones(shape)
+    carry = jnp.zeros(q.shape, jnp.float32), top, total
     out, top, total = jax.lax.fori_loop(start, stop, body, carry)
     return (out * jnp.where(top > NOTHING, 1 / total, 0)[..., None]).astype(q.dtype)  # 0 where no key was seen
 

@@ -32,10 +32,10 @@ from jaxengine.sharding import (
     stacked_sharding,
 )
 
-# All but GPT-2 are Llama with options that ModelConfig carries: windows, biases, norms on q and k, experts.
+# All but GPT-2 are Llama with options that ModelConfig carries: windows, biases, norms on q and k, experts, sinks.
 FAMILIES = {
     "llama": llama, "mistral": llama, "mixtral": llama, "qwen2": llama, "qwen3": llama, "qwen3_moe": llama,
-    "gpt2": gpt2,
+    "gpt_oss": llama, "gpt2": gpt2,
 }  # fmt: skip
 
 # Kernels with the same input that `prepare` joins into one. Those of experts stay apart: one op reads gate and up.
@@ -211,7 +211,7 @@ def prepare(
 
 def _fuse(config: ModelConfig, params: dict[str, jax.Array], transpose: bool, mesh: Mesh | None) -> None:
     for fused, parts in FUSED.items():
-        for path in [path for path in params if path.split(".")[-2] == parts[0] and params[path].ndim < 3]:
+        for path in [path for path in params if path.split(".")[-2] == parts[0] and ".experts." not in path]:
             scope, kind = path.removesuffix(path.split(parts[0])[-1]).removesuffix(parts[0]), path.split(".")[-1]
             sharding = params[path].sharding if mesh is not None else None
             apart = [params.pop(f"{scope}{part}.{kind}") for part in parts]

@@ -1,5 +1,5 @@
 """Llama, and the families that are Llama with options: Mistral (windows), Qwen2 (QKV bias), Qwen3 (norms on q and k),
-Mixtral and Qwen3-MoE (experts).
+Mixtral and Qwen3-MoE (experts), gpt_oss (attention sinks, experts with biases).
 
 Source: Touvron et al. 2023 and transformers' modeling files; options come from ModelConfig.
 """
@@ -48,14 +48,20 @@ def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
             norm(f"{layer}.self_attn.q_norm", c.head_dim)
             norm(f"{layer}.self_attn.k_norm", c.head_dim)
         linear(f"{layer}.self_attn.o_proj", (q, c.hidden_size), ("heads", "hidden"), c.o_bias)
+        if c.sinks:
+            specs[f"{layer}.self_attn.sinks"] = ParamSpec((c.num_heads,), ("heads",))
         norm(f"{layer}.post_attention_layernorm", c.hidden_size)
         if c.experts and i in c.experts.layers:
             count, inner = c.experts.count, c.experts.intermediate_size
-            linear(f"{layer}.mlp.gate", (c.hidden_size, count), ("hidden", "router"), False)
-            wide = ParamSpec((count, c.hidden_size, inner), ("expert", "hidden", "expert_mlp"))
-            specs[f"{layer}.mlp.experts.gate_proj.kernel"] = specs[f"{layer}.mlp.experts.up_proj.kernel"] = wide
-            narrow = ParamSpec((count, inner, c.hidden_size), ("expert", "expert_mlp", "hidden"))
-            specs[f"{layer}.mlp.experts.down_proj.kernel"] = narrow
+            linear(f"{layer}.mlp.gate", (c.hidden_size, count), ("hidden", "router"), c.experts.bias)
+            wide, narrow = (c.hidden_size, "hidden"), (inner, "expert_mlp")
+            for part, (size_in, axis_in), (size_out, axis_out) in (
+                ("gate_proj", wide, narrow), ("up_proj", wide, narrow), ("down_proj", narrow, wide),
+            ):  # fmt: skip
+                path = f"{layer}.mlp.experts.{part}"
+                specs[f"{path}.kernel"] = ParamSpec((count, size_in, size_out), ("expert", axis_in, axis_out))
+                if c.experts.bias:
+                    specs[f"{path}.bias"] = ParamSpec((count, size_out), ("expert", axis_out))
             continue
         linear(f"{layer}.mlp.gate_proj", (c.hidden_size, c.intermediate_size), ("hidden", "mlp"), c.mlp_bias)
         linear(f"{layer}.mlp.up_proj", (c.hidden_size, c.intermediate_size), ("hidden", "mlp"), c.mlp_bias)
@@ -77,6 +83,7 @@ class Attention(nnx.Module):
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.qkv = Projections(params, ("q_proj", "k_proj", "v_proj"), "qkv_proj", (q, kv, kv))
         self.o_proj = Linear(params["o_proj"], axis)
+        self.sinks = nnx.Param(params["sinks"]) if c.sinks else None
         self.q_norm = RMSNorm(params["q_norm"], c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(params["k_norm"], c.norm_eps) if c.qk_norm else None
         assert c.rope is not None
@@ -88,7 +95,8 @@ class Attention(nnx.Module):
         qkv = self.qkv.joined(x).reshape(len(x), -1, self.head_dim)
         norms = (self.q_norm, self.k_norm) if self.q_norm is not None and self.k_norm is not None else None
         q, cache = rotate_and_write(qkv, *self.angles(inputs.step), norms, inputs, cache)
-        y = attend(q, inputs, cache, scale=self.scale, window=self.window)
+        sinks = None if self.sinks is None else self.sinks[...]
+        y = attend(q, inputs, cache, sinks=sinks, scale=self.scale, window=self.window)
         with jax.named_scope("o_proj"):
             return self.o_proj(y.reshape(len(x), -1), inputs.step.peers is not None), cache
 
@@ -148,7 +156,8 @@ class Layer(nnx.Module):
     def weights(self, kernel: WholeLayer, following: "Layer") -> Any:
         """What `kernel` reads of this layer and the next; None for options that it does not have."""
         own, mlp = self.self_attn, self.mlp
-        if own.window is not None or not isinstance(mlp, MLP) or mlp.activation != "silu":
+        others = own.window is not None or own.sinks is not None
+        if others or not isinstance(mlp, MLP) or mlp.activation != "silu":
             return None
         products = own.o_proj, mlp.gate_up.fused, mlp.down_proj, following.self_attn.qkv.fused
         if any(product is None or product.kernel is None or product.bias is not None for product in products):

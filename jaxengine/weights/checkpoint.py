@@ -12,6 +12,7 @@ from typing import Any
 from converters import ConversionError, UnsupportedOptionError
 from converters.attributes import DTYPES, token_ids
 from converters.families import model_config
+from converters.mxfp4 import Mxfp4Checkpoint, is_mxfp4
 from converters.safetensors_reader import SafetensorsCheckpoint
 from jaxengine.config import ExpertsConfig, ModelConfig, ParamRule, RopeConfig
 from jaxengine.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -133,6 +134,8 @@ def _open(path: Path, load_format: str, overrides: Mapping[str, Any], use_genera
         reader = SafetensorsCheckpoint(path)
         reader.names()  # a file that is missing or corrupt shows here
     hf_config = {**hf_config, **_plain(overrides)}
+    if kind == "safetensors" and is_mxfp4(hf_config):
+        reader = Mxfp4Checkpoint(reader)
     config, defaults = _with_generation(path, hf_config, _usual_dtype(reader), generation, use_generation_config)
     return Checkpoint(path, kind, config, defaults, tokenizer, hf_config, generation, reader)
 

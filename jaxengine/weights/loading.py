@@ -118,7 +118,11 @@ def _place(
         arrived = jax.device_put(array, _stored(spec).sharding(mesh))
         return [_transposed(spec.sharding(mesh))(arrived)]  # at 1 GB/s a host would be the slowest part
     widths = [specs[path].shape[-1] for path in target.paths]
-    parts = np.split(_pad(array, (*specs[target.paths[0]].shape[:-1], sum(widths))), np.cumsum(widths)[:-1], axis=-1)
+    array = _pad(array, (*specs[target.paths[0]].shape[:-1], sum(widths)))
+    if target.interleaved:
+        parts = [array[..., i :: len(widths)] for i in range(len(widths))]
+    else:
+        parts = np.split(array, np.cumsum(widths)[:-1], axis=-1)
     return [jax.device_put(part, specs[path].sharding(mesh)) for path, part in zip(target.paths, parts)]
 
 
@@ -139,16 +143,17 @@ def _read_own(
     """The same of several processes, each of which reads what its devices hold and no more; of GGUF all, once."""
     read_tensor = _cut(checkpoint.reader.read) if checkpoint.format == "gguf" else checkpoint.reader.read
     placed, start = [], 0
+    step = len(target.paths) if target.interleaved else 1
     for path in target.paths:
         spec = specs[path]
         stored = _stored(spec) if target.transposed else spec
-        part = partial(_read_part, read_tensor, dtype, start)
+        part = partial(_read_part, read_tensor, dtype, start, step)
         stacked = target.index is not None
         read = partial(_stack_parts, part, names) if stacked else partial(part, names[0])
         held = cache(partial(read, stored.shape))  # devices may hold the same
         arrived = jax.make_array_from_callback(stored.shape, stored.sharding(mesh), held, dtype=jax.numpy.dtype(dtype))
         placed.append(_transposed(spec.sharding(mesh))(arrived) if target.transposed else arrived)
-        start += stored.shape[-1]
+        start += 1 if target.interleaved else stored.shape[-1]
     return placed
 
 
@@ -166,14 +171,14 @@ def _stack_parts(
 
 
 def _read_part(
-    read: Callable[[str, tuple[slice, ...]], np.ndarray], dtype: str, start: int, name: str, shape: tuple[int, ...],
-    index: tuple[slice, ...],
+    read: Callable[[str, tuple[slice, ...]], np.ndarray], dtype: str, start: int, step: int, name: str,
+    shape: tuple[int, ...], index: tuple[slice, ...],
 ) -> np.ndarray:  # fmt: skip
-    """`index` of an array of this shape that begins at `start` of the tensor's last dimension."""
+    """`index` of an array of this shape: of each `step` columns of the tensor one, from `start` on."""
     *others, last = (slice(*each.indices(length)) for each, length in zip(index, shape))
-    part = *others, slice(last.start + start, last.stop + start)
+    part = *others, slice(last.start * step + start, last.stop * step + start)
     array = read(name, part).astype(jax.numpy.dtype(dtype), copy=False)
-    return _pad(array, tuple(each.stop - each.start for each in part))
+    return _pad(array, tuple(each.stop - each.start for each in part))[..., ::step]
 
 
 def _pad(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -122,8 +122,15 @@ def _canonical_rule(name: str, config: ModelConfig) -> ParamRule:
             raise CheckpointError(
                 f"{name} is one of the experts: give all of them in one array, as {target.paths[0]} [experts, in, out]"
             )
-        return ParamRule(target.paths, (1, 0) if target.transposed else None)
+        return ParamRule(
+            target.paths, (1, 0) if target.transposed else None, hook=turns_of_two if target.interleaved else None
+        )
     return ParamRule((".".join(part for part in name.split(".") if part not in GROUPS),))
+
+
+def turns_of_two(x: jax.Array) -> list[jax.Array]:
+    """The shares of a tensor of which two take turns, column by column."""
+    return [x[..., ::2], x[..., 1::2]]
 
 
 def _shapes(source: Any, rule: ParamRule) -> list[tuple[int, ...]]:

@@ -43,7 +43,8 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     try:
         dtypes = {str(array.dtype) for array in params.values()}
-        config = {name: value for name, value in checkpoint.hf_config.items() if name != "torch_dtype"}
+        gone = "torch_dtype", "quantization_config"  # what was quantized is no more
+        config = {name: value for name, value in checkpoint.hf_config.items() if name not in gone}
         _write_json(partial / "config.json", config | {"dtype": dtypes.pop()})
         if checkpoint.generation_config:
             _write_json(partial / "generation_config.json", checkpoint.generation_config)
@@ -66,7 +67,11 @@ def _save_safetensors(folder: Path, model_type: str, params: Mapping[str, jax.Ar
         parts = [params[path] for path in target.paths]
         if target.index is not None:
             parts = [part[target.index] for part in parts]  # one expert of them comes to the host
-        whole = np.concatenate([np.asarray(part) for part in parts], axis=-1)
+        arrays = [np.asarray(part) for part in parts]
+        if target.interleaved:
+            whole = np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)
+        else:
+            whole = np.concatenate(arrays, axis=-1)
         return whole.T if target.transposed else whole
 
     dtype = np.dtype(next(iter(params.values())).dtype)

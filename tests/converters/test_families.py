@@ -85,6 +85,25 @@ def test_every_option_loads_and_every_tensor_has_its_place(variant):
             {"windows": (8, 8, 8), "qkv_bias": True, "o_bias": True, "experts": ExpertsConfig(8, 3, 48, False, (0, 2))},
         ),
         ("qwen3_moe_second_layer", {"experts": ExpertsConfig(8, 1, 48, False, (1,))}),
+        (
+            "gpt_oss",
+            {
+                "windows": (8, None, 8),
+                "sinks": True,
+                "qkv_bias": True,
+                "o_bias": True,
+                "experts": ExpertsConfig(8, 3, 96, True, (0, 1, 2), True, (1.702, 2.0)),
+            },
+        ),
+        (
+            "gpt_oss_yarn",
+            {
+                "windows": (None, None, 8),
+                "qkv_bias": False,
+                "o_bias": False,
+                "experts": ExpertsConfig(8, 1, 96, True, (0, 1, 2), True, (1.3, 0.5)),
+            },
+        ),
         ("gpt2", {"tie_word_embeddings": True, "attention_scales": (0.25,) * 3, "intermediate_size": 256}),
         ("gpt2_unscaled", {"attention_scales": (1.0,) * 3}),
         ("gpt2_inverse_layer", {"attention_scales": (0.25, 0.125, 0.25 / 3)}),
@@ -128,6 +147,10 @@ def test_what_a_file_does_not_say_is_as_in_transformers():
     assert (mixtral.rope.theta, mixtral.experts) == (1e6, ExpertsConfig(8, 2, 96, True, (0, 1)))
     assert (qwen3_moe.num_kv_heads, qwen3_moe.head_dim, qwen3_moe.windows) == (4, 2, (None, None))
     assert (qwen3_moe.rope.theta, qwen3_moe.experts) == (1e4, ExpertsConfig(128, 8, 768, False, (0, 1)))
+    gpt_oss = whole(model_config(sizes | {"model_type": "gpt_oss"}))
+    assert (gpt_oss.num_kv_heads, gpt_oss.head_dim, gpt_oss.windows, gpt_oss.qkv_bias) == (8, 64, (128, None), True)
+    assert gpt_oss.experts == ExpertsConfig(128, 4, 96, True, (0, 1), True, (1.702, 7.0))
+    assert (gpt_oss.rope.type, gpt_oss.rope.theta, gpt_oss.rope.options["truncate"]) == ("yarn", 150_000, False)
     dense = sizes | {"model_type": "qwen3_moe", "mlp_only_layers": [0, 1]}
     assert model_config(dense)["experts"] is None
     hub = {"model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
@@ -152,7 +175,7 @@ def test_irrelevant_attributes_change_nothing(kind):
 @pytest.mark.parametrize(
     ("variant", "changes", "complaint"),
     [
-        ("llama", {"model_type": "mamba"}, "model_type='mamba' is not one of gpt2, llama"),
+        ("llama", {"model_type": "mamba"}, "model_type='mamba' is not one of gpt2, gpt_oss, llama"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved=True"),
         ("llama", {"sliding_window": 8}, "sliding_window=8"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}"),
@@ -180,6 +203,11 @@ def test_irrelevant_attributes_change_nothing(kind):
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 9}, "shared_expert_intermediate_size=9"),
         ("mixtral", {"attention_bias": True}, "attention_bias=True"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("gpt_oss", {"sliding_window": None}, "leaves no sliding_window"),
+        ("gpt_oss", {"layer_types": ["full_attention"]}, "for each of 3 layers"),
+        ("gpt_oss", {"experts_per_token": 4}, "one attribute twice"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quantization_config={'quant_method': 'awq'}"),
         ("gpt2", {"n_head": 3}, "n_embd=64 is not a multiple of n_head=3"),
     ],
 )
@@ -209,6 +237,9 @@ def test_names_with_and_without_prefix():
     fused = target("gpt2", "h.3.attn.c_attn.weight")
     assert fused.paths == tuple(f"layers.3.self_attn.{part}_proj.kernel" for part in "qkv")
     assert not fused.transposed
+    turns = target("gpt_oss", "model.layers.3.mlp.experts.gate_up_proj_bias")
+    assert turns.paths == tuple(f"layers.3.mlp.experts.{part}_proj.bias" for part in ("gate", "up"))
+    assert turns.interleaved and not turns.transposed
 
 
 @pytest.mark.parametrize(

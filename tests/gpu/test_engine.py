@@ -12,7 +12,7 @@ from tests import tiny_llm
 pytestmark = pytest.mark.gpu
 KERNELS = "triton"
 EVERYWHERE = ("add_rms_norm", "gated_activation", "rope_write")  # kernels of every step
-TINY = ("windows", "experts")
+TINY = ("windows", "experts", "sinks")
 TIE = 1e-4  # of two logits: between them rounding may choose
 SMALL = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "max_model_len": 256, "kv_cache_memory_bytes": 2**28}
 BEGINNINGS = (

@@ -40,6 +40,7 @@ OPTIONS = {
     "page_size": [16, 32, 64, 128],
     "window": [None, 1, 100],
     "softcap": [None, 3.0],
+    "sinks": [False, True],
     "kv_heads": [1, 2, 5],
 }
 LENGTHS = [(0, 1, 15, 16, 17, 600), (1, 1500, 0), (200, 33, 64, 0, 1, 1, 128, 65) * 8]

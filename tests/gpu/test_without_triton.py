@@ -29,6 +29,7 @@ FEW = {
     "page_size": [8, 128],
     "window": [None, 100],
     "softcap": [None, 3.0],
+    "sinks": [False, True],
     "kv_heads": [1, 8],
     "queries": [1, 3],
     "dtype": ["bfloat16", "float16"],

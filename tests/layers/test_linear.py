@@ -14,10 +14,10 @@ def random(*shape, dtype=jnp.float32):
 def test_linear_with_and_without_bias(bias):
     params = {"kernel": random(16, 24)} | ({"bias": random(24)} if bias else {})
     x = random(5, 16)
-    exact = np.asarray(x, np.float64) @ np.asarray(params["kernel"], np.float64)
+    exact = np.asarray(x, np.float64) @ np.asarray(params["kernel"], np.float64) + np.asarray(params.get("bias", 0))
     transposed = {"kernel_t": params["kernel"].T} | {key: params[key] for key in params if key == "bias"}
     for linear in (Linear(params), Linear(transposed)):
-        np.testing.assert_allclose(linear(x), exact + np.asarray(params.get("bias", 0)), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(linear(x), exact, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(linear.logits(x), exact, rtol=1e-5, atol=1e-5)
 
 

@@ -34,24 +34,41 @@ def arrays():
     return {"gate": {"kernel": tiny.uniform("gate", HIDDEN * COUNT).reshape(HIDDEN, COUNT)}, "experts": drawn}
 
 
-def moe(params, per_token=2, normalize=True):
-    experts = ExpertsConfig(COUNT, per_token, INNER, normalize, (0,))
+def with_biases():
+    params = arrays()
+    params["gate"]["bias"] = tiny.uniform("gate bias", COUNT)
+    for name, each in params["experts"].items():
+        shape = COUNT, each["kernel"].shape[2]
+        each["bias"] = tiny.uniform(f"{name} bias", np.prod(shape)).reshape(shape)
+    return params
+
+
+def moe(params, per_token=2, normalize=True, swiglu=None):
+    experts = ExpertsConfig(COUNT, per_token, INNER, normalize, (0,), "bias" in params["gate"], swiglu)
     config = read_config(tiny.config("mixtral"), "float32", ())
     object.__setattr__(config, "experts", experts)
     return MoE(config, jax.tree.map(jnp.asarray, params), None)
 
 
-def by_hand(params, x, per_token, normalize):
+def by_hand(params, x, per_token, normalize, swiglu=None):
     out = np.zeros(x.shape)
-    experts = {name: array["kernel"].astype(np.float64) for name, array in params["experts"].items()}
+
+    def product(row, name, expert):
+        array = params["experts"][name]
+        return row @ array["kernel"][expert].astype(np.float64) + (array["bias"][expert] if "bias" in array else 0)
+
     for token, row in enumerate(x.astype(np.float64)):
-        shares = np.exp(row @ params["gate"]["kernel"])
+        shares = np.exp(row @ params["gate"]["kernel"] + params["gate"].get("bias", 0))
         shares /= shares.sum()
         best = np.argsort(-shares)[:per_token]
         for expert in best:
-            gate, up = row @ experts["gate_proj"][expert], row @ experts["up_proj"][expert]
+            gate, up = product(row, "gate_proj", expert), product(row, "up_proj", expert)
+            alpha, one = 1, 0
+            if swiglu is not None:
+                (alpha, limit), one = swiglu, 1
+                gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
             weight = shares[expert] / (shares[best].sum() if normalize else 1)
-            out[token] += weight * ((gate / (1 + np.exp(-gate)) * up) @ experts["down_proj"][expert])
+            out[token] += weight * product(gate / (1 + np.exp(-alpha * gate)) * (up + one), "down_proj", expert)
     return out
 
 
@@ -61,6 +78,17 @@ def test_tokens_are_sums_of_their_experts(per_token, normalize, implementation):
     params, x = arrays(), tiny.uniform("x", 9 * HIDDEN).reshape(9, HIDDEN)
     out = jax.jit(lambda x: moe(params, per_token, normalize)(x, inputs([3] * 9, implementation)))(x)
     np.testing.assert_allclose(out, by_hand(params, x, per_token, normalize), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("swiglu", [None, (1.702, 0.7)])
+def test_experts_with_biases(swiglu, implementation):
+    """The softmax of the chosen, as gpt_oss has it, is the normalized one; padding is zero, its bias too."""
+    params, x = with_biases(), tiny.uniform("x", 9 * HIDDEN).reshape(9, HIDDEN)
+    page = np.array([3, 3, 0, 3, 3, 3, 3, 3, 0])
+    out = jax.jit(lambda x: moe(params, swiglu=swiglu)(x, inputs(page, implementation)))(x)
+    expected = by_hand(params, x, 2, True, swiglu) * (page > 0)[:, None]
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_is_no_work_and_disturbs_nothing(monkeypatch):

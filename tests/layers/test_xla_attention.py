@@ -24,6 +24,7 @@ OPTIONS = {
     "cache": (None, "float8_e4m3fn", "float8_e5m2"),
     "window": (None, 1, 30, 200),
     "softcap": (None, 2.0),
+    "sinks": (False, True),
     "kv_heads": (1, 2),
 }
 LENGTHS = ((0, 1, 40, 127), (128, 129, 0, 300), (1, 3), (0, 0, 5))
@@ -66,12 +67,12 @@ rows = st.lists(st.tuples(st.integers(0, 150), st.integers(0, 20)), min_size=4, 
 
 
 @settings(max_examples=25)
-@given(rows, st.sampled_from([None, 5]), st.integers(0, 9))
-def test_any_rows(rows, window, seed):
+@given(rows, st.sampled_from([None, 5]), st.booleans(), st.integers(0, 9))
+def test_any_rows(rows, window, sinks, seed):
     """Drawn lengths and chunks, in arrays of fixed sizes so that few programs are compiled."""
     lengths = tuple(length for length, _ in rows)
     new = tuple(min(count, length) for length, count in rows)
-    case = Case(head_dim=8, group=2, page_size=8, window=window, lengths=lengths, block_q=4)
+    case = Case(head_dim=8, group=2, page_size=8, window=window, sinks=sinks, lengths=lengths, block_q=4)
     args = decode_inputs(case, seed)
     args = args[0], *sized(*args[1:4]), args[4]
     out = decode(*args, **case.options)

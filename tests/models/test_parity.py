@@ -12,7 +12,7 @@ from tests.references import tiny
 
 TOLERANCE = 1e-4  # of the largest logit
 # What decoding, other implementations or joined kernels could do differently; other variants run those in full only.
-TELLING = ("llama_mqa_head_dim", "llama_biases", "mistral", "qwen2_layer_types", "qwen3_moe_dense_layer",
+TELLING = ("llama_mqa_head_dim", "llama_biases", "mistral", "qwen2_layer_types", "qwen3_moe_dense_layer", "gpt_oss",
            "gpt2_inverse_layer")  # fmt: skip
 OPTIONS = ({"transpose": True}, {"implementation": "reference"}, {"fuse": False})
 

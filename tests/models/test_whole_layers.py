@@ -56,7 +56,7 @@ def test_the_same_tokens(kind, steps, monkeypatch, shipped_model):
     assert seen <= {(rows, True) for rows in (1, 2, 4)} and (4, True) in seen
 
 
-@pytest.mark.parametrize("kind", ["windows", "experts"])
+@pytest.mark.parametrize("kind", ["windows", "experts", "sinks"])
 def test_models_with_other_options_go_op_by_op(kind, monkeypatch):
     assert not answers(monkeypatch, kind, True, PROMPTS[:2])[1]
 
@@ -69,6 +69,7 @@ def test_models_with_other_options_go_op_by_op(kind, monkeypatch):
         ({"model_type": "qwen2"}, False),  # it adds biases to q, k and v
         ({"mlp_bias": True}, False),
         ({"hidden_act": "gelu"}, False),
+        ({"model_type": "gpt_oss", "num_local_experts": 4, "layer_types": ["full_attention"] * 2}, False),
     ],
     ids=str,
 )

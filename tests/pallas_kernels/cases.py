@@ -53,6 +53,7 @@ class Case:
     cache: str | None = None  # dtype of the pools; None: the same
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
     kv_heads: int = 2
     queries: int = 1  # per row, decode only
     lengths: tuple[int, ...] = (0, 1, 40, 70)
@@ -61,12 +62,14 @@ class Case:
 
     def __str__(self) -> str:
         return (f"d{self.head_dim}-g{self.group}-p{self.page_size}-{self.dtype}-{self.cache}-w{self.window}"
-                f"-c{self.softcap}-q{self.queries}-k{self.kv_heads}-n{max(self.lengths)}")  # fmt: skip
+                f"-c{self.softcap}-s{self.sinks:d}-q{self.queries}-k{self.kv_heads}-n{max(self.lengths)}")  # fmt: skip
 
     @property
     def options(self) -> dict:
-        # A softcap is only felt by scores of its size: twice the usual scale.
-        return {"scale": 2 / math.sqrt(self.head_dim), "window": self.window, "softcap": self.softcap}
+        # A softcap is only felt by scores of its size: twice the usual scale. A sink weighs as much as dozens of keys.
+        sinks = 6 + 2 * np.random.default_rng(0).standard_normal(self.kv_heads * self.group)
+        return {"scale": 2 / math.sqrt(self.head_dim), "window": self.window, "softcap": self.softcap,
+                "sinks": sinks.astype(jnp.dtype(self.dtype)) if self.sinks else None}  # fmt: skip
 
 
 def decode_inputs(case: Case, seed: int = 0) -> tuple:
@@ -110,7 +113,9 @@ def extend_inputs(case: Case, seed: int = 0) -> tuple:
     return q, k, v, table, block_row, block_start, q_start.astype(np.int32), q_len, lengths
 
 
-def naive_attention(q, k_pages, v_pages, table, position: int, *, scale, window=None, softcap=None) -> np.ndarray:
+def naive_attention(
+    q, k_pages, v_pages, table, position: int, *, scale, window=None, softcap=None, sinks=None
+) -> np.ndarray:
     """One query token q [H, D] at `position` of a row with the page table `table` [W], in float64, key by key."""
     group, page_size = len(q) // k_pages.shape[1], k_pages.shape[2]
     out = np.zeros(q.shape)
@@ -122,7 +127,8 @@ def naive_attention(q, k_pages, v_pages, table, position: int, *, scale, window=
             weights.append(math.exp(score if softcap is None else softcap * math.tanh(score / softcap)))
             values.append(v_pages[slot].astype(np.float64))
         if weights:
-            out[head] = np.array(weights) @ np.array(values) / sum(weights)
+            sink = 0 if sinks is None else math.exp(sinks[head])
+            out[head] = np.array(weights) @ np.array(values) / (sum(weights) + sink)
     return out
 
 

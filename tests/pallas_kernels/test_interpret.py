@@ -28,6 +28,9 @@ DECODE = [
     Case(head_dim=32, group=16, kv_heads=1, page_size=32, softcap=3.0, dtype="float16", lengths=(300, 1, 0)),
     Case(head_dim=128, group=3, queries=8, window=300, page_size=128, lengths=(8, 700)),
     Case(head_dim=96, group=5, window=17, lengths=(16, 17, 18, 33)),
+    # One part a row, and several.
+    Case(head_dim=80, group=3, window=20, sinks=True, dtype="bfloat16", lengths=(0, 1, 40)),
+    Case(head_dim=64, group=4, queries=3, softcap=3.0, sinks=True, lengths=(1200, 0, 2)),
     Case(head_dim=96, group=3, dtype="bfloat16", cache="float8_e4m3fn", lengths=(0, 1, 40, 70)),
     Case(head_dim=64, group=2, window=30, cache="float8_e5m2", lengths=(0, 3, 300)),
 ]
@@ -36,6 +39,7 @@ EXTEND = [
     Case(head_dim=80, group=5, window=20, softcap=3.0, dtype="bfloat16", lengths=(40, 70, 5), new_tokens=(20, 50, 1)),
     Case(head_dim=32, group=3, kv_heads=1, page_size=64, dtype="float16", lengths=(200, 130), new_tokens=(9, 130)),
     Case(head_dim=96, group=16, kv_heads=1, block_q=8, window=33, lengths=(70, 16), new_tokens=(17, 16)),
+    Case(head_dim=64, group=3, sinks=True, softcap=3.0, lengths=(0, 1, 20, 70), new_tokens=(0, 1, 20, 50)),
     Case(head_dim=80, group=2, dtype="bfloat16", cache="float8_e4m3fn", lengths=(40, 1), new_tokens=(20, 1)),
     Case(head_dim=64, group=2, window=20, cache="float8_e5m2", lengths=(40, 1), new_tokens=(20, 1)),
 ]
@@ -45,12 +49,14 @@ MOSAIC_DECODE = [
     Case(head_dim=64, group=4, dtype="bfloat16", lengths=(0, 1, 70, 300)),
     Case(head_dim=64, group=3, kv_heads=1, queries=2, dtype="float16", window=70, softcap=3.0, page_size=128,
          lengths=(250, 30, 0)),
+    Case(head_dim=64, group=3, queries=3, dtype="bfloat16", sinks=True, lengths=(0, 1, 70, 300)),
 ]  # fmt: skip
 # Two rows, ends within a page and within 64 tokens; a group that leaves a warpgroup without work; blocks of two tiles.
 MOSAIC = [
     Case(head_dim=64, group=1, dtype="bfloat16", block_q=64, lengths=(70, 40), new_tokens=(61, 40)),
     Case(head_dim=64, group=3, kv_heads=1, dtype="float16", window=70, softcap=3.0, page_size=8, block_q=128,
          lengths=(250, 30), new_tokens=(130, 30)),
+    Case(head_dim=64, group=3, dtype="bfloat16", sinks=True, block_q=64, lengths=(70, 40), new_tokens=(61, 40)),
 ]  # fmt: skip
 
 
@@ -195,6 +201,8 @@ def test_bad_input_is_named():
         ("heads=3", (q.repeat(2, axis=2)[:, :, :3], k, v, table, lengths), {}),
         ("int32", (q.astype(np.int32), k, v, table, lengths), {}),
         (r"lengths.shape=\(2,\)", (q, k, v, table, lengths[:2]), {}),
+        (r"sinks.shape=\(3,\) .* heads=2", (q, k, v, table, lengths), {"sinks": np.zeros(3, np.float32)}),
+        ("sinks.dtype=dtype.'int32'", (q, k, v, table, lengths), {"sinks": np.zeros(2, np.int32)}),
     ):
         with pytest.raises(ValueError, match=match):
             kernels.paged_decode(*args, **good, **options)

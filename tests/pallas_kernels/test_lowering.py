@@ -26,6 +26,7 @@ CASES = pairwise(
         "page_size": [16, 64, 128],
         "window": [None, 100],
         "softcap": [None, 5.0],
+        "sinks": [None, "bfloat16", "float32"],
         "queries": [1, 3, 8],
         "rows": [1, 256],
     }
@@ -41,6 +42,10 @@ def extend_structs(q, pool, rows):
     return q, pool, pool, ints(rows, 64), ints(blocks), ints(blocks), ints(rows), ints(rows), ints(rows)
 
 
+def sinks(case, heads):
+    return None if case["sinks"] is None else jnp.ones(heads, case["sinks"])
+
+
 def name(case):
     return "-".join(str(value) for value in case.values())
 
@@ -50,7 +55,7 @@ def test_attention_lowers(case):
     rows, kv_heads, dim, dtype = case["rows"], 2, case["head_dim"], case["dtype"]
     pool = jax.ShapeDtypeStruct((1024, kv_heads, case["page_size"], dim), case["cache"] or dtype)
     heads, table = kv_heads * case["group"], ints(rows, 64)
-    options = {"scale": 0.1, "window": case["window"], "softcap": case["softcap"]}
+    options = {"scale": 0.1, "window": case["window"], "softcap": case["softcap"], "sinks": sinks(case, heads)}
     q = jax.ShapeDtypeStruct((rows, case["queries"], heads, dim), dtype)
     decode = partial(kernels.paged_decode, **options), q, pool, pool, table, ints(rows)
     q = jax.ShapeDtypeStruct((512, heads, dim), dtype)
@@ -71,6 +76,7 @@ def test_attention_lowers(case):
     "case",
     pairwise({"dtype": ["bfloat16", "float16"], "head_dim": [64, 128, 256], "group": [1, 3, 4, 7, 16],
               "page_size": [8, 16, 128], "window": [None, 100], "softcap": [None, 5.0], "queries": [1, 3],
+              "sinks": [None, "bfloat16"],
               "rows": [1, 8, 256]}),
     ids=name,
 )  # fmt: skip
@@ -78,6 +84,7 @@ def test_decode_by_mosaic_lowers(case):
     rows, pool = case["rows"], jax.ShapeDtypeStruct((1024, 2, case["page_size"], case["head_dim"]), case["dtype"])
     q = jax.ShapeDtypeStruct((rows, case["queries"], 2 * case["group"], case["head_dim"]), case["dtype"])
     options = {"scale": 0.1, "window": case["window"], "softcap": case["softcap"]}
+    options |= {"sinks": sinks(case, q.shape[2])}
     options |= {"tuning": decode_mosaic.TuningConfig.from_shapes(q, pool)}
     text = lower_for_cuda(partial(kernels.paged_decode, **options), q, pool, pool, ints(rows, 64), ints(rows))
     assert text.count(MOSAIC_CALL) == 1 and CUSTOM_CALL not in text
@@ -87,14 +94,15 @@ def test_decode_by_mosaic_lowers(case):
 @pytest.mark.parametrize(
     "case",
     pairwise({"dtype": ["bfloat16", "float16"], "head_dim": [64, 128, 256], "group": [1, 3, 4],
-              "page_size": [8, 16, 128], "window": [None, 100], "softcap": [None, 5.0], "block_q": [16, 64, 128]}),
+              "page_size": [8, 16, 128], "window": [None, 100], "softcap": [None, 5.0], "block_q": [16, 64, 128],
+              "sinks": [None, "bfloat16"]}),
     ids=name,
 )  # fmt: skip
 def test_extend_lowers_for_hopper(case):
     pool = jax.ShapeDtypeStruct((1024, 2, case["page_size"], case["head_dim"]), case["dtype"])
     q = jax.ShapeDtypeStruct((100, 2 * case["group"], case["head_dim"]), case["dtype"])
     options = {name: case[name] for name in ("window", "softcap", "block_q")}
-    extend = partial(kernels.paged_extend, scale=0.1, **options)
+    extend = partial(kernels.paged_extend, scale=0.1, sinks=sinks(case, q.shape[1]), **options)
     text = lower_for_cuda(extend, *extend_structs(q, pool, 3), q)
     assert text.count(MOSAIC_CALL) == text.count("output_operand_alias<") == 1
 

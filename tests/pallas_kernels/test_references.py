@@ -23,10 +23,12 @@ from tests.pallas_kernels.cases import (
 DECODE = [
     Case(head_dim=8, group=2, page_size=4, lengths=(0, 1, 4, 13)),
     Case(head_dim=6, group=3, page_size=4, window=5, softcap=2.0, queries=3, lengths=(0, 2, 9, 3, 17)),
+    Case(head_dim=8, group=3, page_size=4, window=5, sinks=True, queries=2, lengths=(0, 2, 9)),
 ]
 EXTEND = [
     Case(head_dim=8, group=2, page_size=4, block_q=4, lengths=(6, 9, 0, 17), new_tokens=(6, 1, 0, 5)),
     Case(head_dim=6, group=3, page_size=4, block_q=4, window=5, softcap=2.0, lengths=(11, 4), new_tokens=(7, 3)),
+    Case(head_dim=8, group=3, page_size=4, block_q=4, sinks=True, softcap=2.0, lengths=(11, 4), new_tokens=(7, 3)),
 ]
 
 

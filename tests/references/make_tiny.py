@@ -27,6 +27,7 @@ SIZES = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hid
 GPT2_SIZES = {"vocab_size": 128, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
               "eos_token_id": 2}  # fmt: skip
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+GPT_OSS = {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 8, "head_dim": 16, "swiglu_limit": 2.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 32,
             "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.5],
             "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]}  # fmt: skip
@@ -81,6 +82,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3_moe_dense_layer": EXPERTS | {"mlp_only_layers": [1], "attention_bias": True, "use_sliding_window": True,
                                         "sliding_window": 8},
     "qwen3_moe_second_layer": EXPERTS | {"decoder_sparse_step": 2, "num_experts_per_tok": 1, "hidden_act": "gelu"},
+    "gpt_oss": GPT_OSS,
+    "gpt_oss_yarn": GPT_OSS | rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False)
+    | {"head_dim": 32, "swiglu_alpha": 1.3, "swiglu_limit": 0.5, "attention_bias": False, "tie_word_embeddings": True,
+       "num_experts_per_tok": 1, "layer_types": ["full_attention", "full_attention", "sliding_attention"]},
+    "gpt_oss_legacy": GPT_OSS | {"legacy": True, "torch_dtype": "bfloat16", "experts_per_token": 3,
+                                 "initial_context_length": 16, "rope_theta": 1000.0, "rope_scaling": {
+                                     "rope_type": "yarn", "factor": 8.0, "beta_fast": 4.0, "beta_slow": 1.0,
+                                     "truncate": False, "original_max_position_embeddings": 16}},
     "gpt2": {},
     "gpt2_inner_relu": {"n_inner": 80, "activation_function": "relu"},
     "gpt2_unscaled": {"scale_attn_weights": False},
@@ -98,7 +107,7 @@ def make(name: str) -> tuple[dict[str, Any], np.ndarray]:
         options.pop("bare", False),
         options.pop("max_model_len", 0),
     )
-    family = "qwen3_moe" if name.startswith("qwen3_moe") else name.split("_")[0]
+    family = next((kind for kind in ("qwen3_moe", "gpt_oss") if name.startswith(kind)), name.split("_")[0])
     written = (GPT2_SIZES if family == "gpt2" else SIZES) | options
     if legacy:
         written |= {"model_type": family, "architectures": ["LegacyForCausalLM"], "transformers_version": "4.40.0"}

@@ -1,5 +1,6 @@
 """The data axis on eight simulated devices, alone and with tensor parallelism; `test_sharding.py` starts it."""
 
+import math
 import re
 from functools import cache, partial
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxengine import LLM, ConfigError, SamplingParams, UnsupportedError
 from jaxengine.evaluate.answering import Answering
-from jaxengine.sharding import create_mesh
+from jaxengine.sharding import axis_size, create_mesh
 from jaxengine.step import unpack
 from tests.sharding.eight_devices import COLLECTIVE, CONFIGS, SMALL, VOCAB, check_collectives, params
 from tests.tiny_llm import check_integrity, restrict
@@ -83,6 +84,7 @@ def alone(family, count):
         *(pytest.param(*case, marks=full) for case in [
             ("qwen3", 2, 1, 1), ("qwen3", 4, 2, 1), ("qwen3", 2, 4, 1), ("qwen3", 8, 1, 1), ("mistral", 2, 2, 1),
             ("gpt2", 4, 2, 1), ("qwen2", 2, 4, 1), ("llama", 4, 1, 1), ("qwen3_moe", 2, 1, 1), ("qwen3_moe", 2, 2, 2),
+            ("gpt_oss", 2, 2, 2),
         ]),
     ],
 )  # fmt: skip
@@ -107,7 +109,9 @@ def check_places(llm, mesh):
         assert array.addressable_shards[0].data.shape[axis] * data == array.shape[axis]
     for leaf, spec in zip(runner.weights.leaves, runner.weights.specs, strict=True):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
-        assert leaf.addressable_shards[0].data.nbytes * (mesh.size // data if any(spec) else 1) == leaf.nbytes
+        parts = math.prod(axis_size(mesh, axis) for axis in spec)  # biases of down_proj: as many as groups of experts
+        assert parts == (mesh.size // data if any(spec) else 1) or tuple(spec) == ("expert", None)
+        assert leaf.addressable_shards[0].data.nbytes * parts == leaf.nbytes
 
 
 def check_groups(llm, data, tensor, expert=1):

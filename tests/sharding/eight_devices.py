@@ -19,9 +19,10 @@ from jaxengine.layers.linear import Linear
 from jaxengine.layers.peers import create_peers, linked, own, peer_rows, peers_sharding
 from jaxengine.models import param_specs
 from jaxengine.models.llama import Residual, run_layer
-from jaxengine.sharding import LAYER, STAGE, ParamSpec, create_mesh, gather, named_sharding, on_each_device
+from jaxengine.sharding import LAYER, STAGE, TENSOR, ParamSpec, create_mesh, gather, named_sharding, on_each_device
 from jaxengine.weights import dummy, load_params, open_checkpoint
 from jaxengine.weights.checkpoint import read_config
+from tests.models import test_gpt_oss
 from tests.models import test_whole_layers as whole_layers
 from tests.references import gguf_files, tiny
 from tests.tiny_llm import OPTIONS, check_integrity, model_folder, restrict
@@ -43,6 +44,8 @@ CONFIGS = {
     "qwen3_moe": SIZES | {"model_type": "qwen3_moe", "num_key_value_heads": 2, "num_experts": 8, "norm_topk_prob": True,
                           "num_experts_per_tok": 3, "moe_intermediate_size": 48, "mlp_only_layers": [0],
                           "tie_word_embeddings": True},
+    "gpt_oss": SIZES | {"model_type": "gpt_oss", "num_key_value_heads": 4, "num_local_experts": 8,
+                        "num_experts_per_tok": 3, "swiglu_limit": 1.0, "sliding_window": 40},
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_head": HEADS, "n_layer": 2, "n_positions": 128,
              "vocab_size": VOCAB, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "bos_token_id": 1,
              "eos_token_id": 2},
@@ -122,6 +125,7 @@ def check_places(llm, mesh):
     shares = [leaf.addressable_shards[0].data.nbytes * devices == leaf.nbytes for leaf in matrices]
     experts = runner.model.experts
     whole = len(experts.layers) if experts else int(runner.model.model_type == "gpt2")  # routers; learned positions
+    whole += len(experts.layers) if experts and experts.bias and mesh.shape[TENSOR] > 1 else 0  # biases of down_proj
     assert sum(shares) == len(shares) - whole
 
 
@@ -144,11 +148,12 @@ def test_random_weights_are_the_same_on_every_mesh_and_made_where_they_stay():
     ("family", "experts", "devices", "fuse"),
     [
         ("qwen3_moe", 2, 2, True),
+        ("gpt_oss", 2, 2, True),
         *(pytest.param(family, 1, devices, devices != 4, marks=full) for family in CONFIGS for devices in (2, 4, 8)),
         pytest.param("qwen3", 1, 4, True, marks=full),
         *(
             pytest.param(family, *sizes, fuse, marks=full)
-            for family, fuse in (("mixtral", True), ("qwen3_moe", False))
+            for family, fuse in (("mixtral", True), ("qwen3_moe", False), ("gpt_oss", True))
             for sizes in ((2, 1), (4, 1), (8, 1), (2, 4), (4, 2))
         ),
     ],
@@ -186,6 +191,7 @@ def check_collectives(llm):
     ("family", "experts", "devices", "attention"),
     [
         ("qwen3_moe", 2, 4, "reference"),
+        pytest.param("gpt_oss", 2, 4, "auto", marks=full),
         *(pytest.param(family, 1, 2, "auto", marks=full) for family in ("llama", "qwen2", "mistral")),
     ],
 )
@@ -314,6 +320,20 @@ def test_a_vocabulary_that_needs_padding_is_loaded_in_shares(several_processes, 
         assert [shard.data.shape[axis] for shard in found[path].addressable_shards] == [86] * 7
         np.testing.assert_array_equal(np.take(found[path], range(600), axis), whole[path])
         assert not np.take(found[path], [600, 601], axis).any()
+
+
+def test_experts_in_mxfp4_are_loaded_in_shares(tmp_path, monkeypatch):
+    """Of what is interleaved each device has its columns, and of its experts only."""
+    quantized, _ = test_gpt_oss.write_mxfp4(tmp_path)
+    checkpoint = open_checkpoint(quantized)
+    whole = load_params(checkpoint, "float32", create_mesh())
+    for several_processes in (False, True):
+        monkeypatch.setattr(Mesh, "is_multi_process", property(lambda mesh, several=several_processes: several))
+        found = load_params(checkpoint, "float32", create_mesh(2, expert=2))
+        kernel = found["layers.0.mlp.experts.up_proj.kernel"]
+        assert {shard.data.shape for shard in kernel.addressable_shards} == {(4, 64, 48)}
+        for path, array in whole.items():
+            np.testing.assert_array_equal(found[path], array)
 
 
 def test_of_several_processes_each_decodes_a_gguf_tensor_once(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_two_stages():
     [
         ("qwen3", 2, 1, 1, 1), ("llama", 4, 1, 1, 1), ("qwen3", 2, 2, 2, 1), ("qwen3", 2, 1, 2, 1),
         ("qwen2", 4, 1, 2, 1), ("mistral", 2, 2, 1, 1), ("gpt2", 4, 2, 1, 1), ("mixtral", 2, 1, 2, 2),
-        ("qwen3_moe", 2, 1, 1, 2),
+        ("qwen3_moe", 2, 1, 1, 2), ("gpt_oss", 2, 1, 2, 2),
     ],
 )  # fmt: skip
 def test_the_same_answers_as_one_device(family, stages, data, tensor, expert):
@@ -114,9 +114,9 @@ def check_places(llm, stages, data, devices):
     """A device has the weights and the pages of its stage's layers and of no others, after steps too."""
     runner, mesh = llm._runner, llm._runner.mesh
     assert len(runner._cache.k) == LAYERS // stages
-    for pool in jax.tree.leaves(runner._cache):
+    for pool, group in zip(jax.tree.leaves(runner._cache), 2 * runner.layer_group, strict=True):  # all of K, then of V
         kv_heads = max(runner.model.num_kv_heads // devices, 1) * devices
-        pages = runner.num_pages[runner.layer_group[0]]
+        pages = runner.num_pages[group]
         assert pool.nbytes == data * stages * pages * kv_heads * SMALL["page_size"] * runner.model.head_dim * 4
         assert all(shard.data.nbytes * mesh.size == pool.nbytes for shard in pool.addressable_shards)
     held = 0
