@@ -47,7 +47,7 @@ gpu-test:
 
 $(GPU_TESTS):
 	JAX_PLATFORMS=cuda,cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/$(@F) \
-		$(PYTHON) -m pytest -m "gpu and not full" $@ $(PYTEST_ARGS)
+		$(PYTHON) -m pytest -m "gpu and not full" $@ $(PYTEST_ARGS) || [ $$? -eq 5 ]  # with -k a file may have none
 
 bench:
 	$(PYTHON) -m benchmarks.offline $(BENCH_ARGS)

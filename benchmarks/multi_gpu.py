@@ -45,7 +45,7 @@ def parallel(grid: Grid) -> dict[str, Any]:
 
 
 class Answers(NamedTuple):
-    tokens: np.ndarray  # int [prompts, TOKENS], greedy, drawn by steps that only decode
+    tokens: np.ndarray  # int [prompts, TOKENS], greedy, all but the first drawn by steps that only decode
     logprobs: np.ndarray  # of the prompts' tokens
 
 

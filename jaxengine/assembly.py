@@ -276,7 +276,8 @@ def _load_weights(checkpoint: Checkpoint, config: EngineConfig, mesh: jax.shardi
 def _set_compilation_cache(choice: bool | str | Path) -> Path | None:
     """Where compiled programs are kept between processes. A setting of the whole process: one that is there stays.
 
-    Returns the folder for the engine's own programs: in a cache that is jax's by the user's setting there is none.
+    Returns the folder for the engine's own programs: none in a cache that is jax's by the user's setting, or not a
+    local folder, or switched off.
     """
     if choice is False:
         return None
@@ -287,4 +288,5 @@ def _set_compilation_cache(choice: bool | str | Path) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(choice))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return None if "://" in str(choice) else Path(choice) / "programs"
+    usable = jax.config.jax_enable_compilation_cache and "://" not in str(choice)
+    return Path(choice) / "programs" if usable else None

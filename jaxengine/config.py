@@ -180,7 +180,9 @@ class EngineConfig:
     # themselves; a trainer's are then borrowed, not copied. None: False for parameters in memory, True for files.
     fuse_weights: bool | None = None
     seed: int = 0  # of requests that name none, and of dummy weights
-    compilation_cache: bool | str | Path = True  # False: none; a path: there; True: jax's setting or a default folder
+    # False: none; a path: there; True: jax's setting or a default folder. But for that setting GPUs' programs are kept
+    # twice: by what is lowered, for jax, and by what they are made from, which need not be lowered then.
+    compilation_cache: bool | str | Path = True
     enforce_eager: bool = False  # compile each program when it is first needed; contradicts warmup=True
     warmup: bool = False  # compile every program before the first request
     # All four together: the first devices that there are.

@@ -20,9 +20,9 @@ Runner._lower = lambda self, name, *rest: (lowered.append(name), lower(self, nam
 model, options = json.loads(sys.argv[1])
 with LLM(model, **options) as llm:
     llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), use_tqdm=False)
-    llm._runner._compiler.close(wait=True)  # what it still compiles ahead is counted too
+    ahead = llm._runner._compiler.waiting.values()  # counted too
     print(json.dumps({
-        "failed": [repr(e) for future in llm._runner._compiler.waiting.values() if (e := future.exception())],
+        "failed": [repr(e) for future in ahead if (e := future.exception())],
         "attention": llm._runner.attention,
         "programs": sorted({name for name, *_ in llm._runner._programs}),
         "lowered": lowered,

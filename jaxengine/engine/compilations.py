@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -23,6 +24,7 @@ class Compiler:
         self._threads = ThreadPoolExecutor(COMPILERS, thread_name_prefix="jaxengine-compile")
         # jax keeps what it has traced for the next program: of two at a time, each would depend on which is first.
         self._lowering = Lock()
+        self._ahead = Lock()  # so that a program which a step waits for comes after one of the others, not after all
 
     @property
     def busy(self) -> bool:
@@ -32,32 +34,33 @@ class Compiler:
         self, name: str, key: tuple, lower: Callable[..., Any], arguments: tuple, wanted: bool, depends_on: Any
     ) -> None:
         """Starts to make the program that `lower(arguments)` gives. Lowering is Python: it is done here if a step waits
-        for the program (`wanted`), else in a thread. `depends_on`: what `lower` reads that the store knows nothing of.
+        for the program (`wanted`), else in a thread. `depends_on`: what `lower` reads that may change meanwhile.
         """
         arguments = jax.tree.map(stand_in, arguments)
-        lowered = partial(self._lower, lower, arguments)
-        if self._store is None:
-            make = lowered().compile if wanted else lambda: lowered().compile()
-        else:
-            place = self._store.place(name, (key, depends_on), arguments)
-            if wanted and not place.exists():
-                lowered = partial(lambda program: program, lowered())
-            make = partial(self._store.get, place, lowered)
+        store = self._store
+        place = store.place(name, (key, depends_on), arguments) if store else None
+        lowered = partial(self._lower, lower, arguments, wanted)
+        if wanted and not (place and place.exists()):
+            lowered = partial(_same, lowered())
+        make = partial(store.get, place, lowered) if store and place else lambda: lowered().compile()
         self.waiting[name, *key] = self._threads.submit(make)
 
-    def _lower(self, lower: Callable[..., Any], arguments: tuple) -> Any:
-        with self._lowering:
+    def _lower(self, lower: Callable[..., Any], arguments: tuple, wanted: bool) -> Any:
+        with nullcontext() if wanted else self._ahead, self._lowering:
             return lower(arguments)
 
     def take(self, name: str, key: tuple) -> Any:
         """Waits for the program. Raises what compiling it raised."""
         return self.waiting.pop((name, *key)).result()
 
-    def close(self, wait: bool = False) -> None:
+    def close(self) -> None:
         """What has not begun never will."""
-        self._threads.shutdown(wait=wait, cancel_futures=not wait)
-        if not wait:
-            self.waiting = {}
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.waiting = {}
+
+
+def _same(program: Any) -> Any:
+    return program
 
 
 def stand_in(argument: Any) -> Any:

@@ -1,5 +1,6 @@
 """Compiled programs on disk: found again, told apart, and made anew where a file is damaged or cannot be written."""
 
+import hashlib
 import logging
 import pickle
 import secrets
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxengine.engine import program_store
+from jaxengine.engine.compilations import Compiler
 from jaxengine.engine.program_store import ProgramStore
 
 DEVICES = np.array(jax.devices()[:1])
@@ -55,32 +57,47 @@ def test_a_program_is_lowered_once(store, tmp_path, caplog):
 
 
 def test_what_differs_lies_elsewhere(store, tmp_path, monkeypatch):
-    place = store.place("add", (3,), ARGUMENTS)
-    longer = jnp.arange(5.0), np.ones(5, np.float32)
-    others = [
-        store.place("add", (4,), ARGUMENTS),
-        store.place("add", (3,), longer),
-        store.place("add", (3,), (ARGUMENTS[0].astype(jnp.bfloat16), ARGUMENTS[1])),
-        store.place("sub", (3,), ARGUMENTS),
-        ProgramStore(tmp_path, DEVICES, "another model").place("add", (3,), ARGUMENTS),
-    ]
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
-    others.append(ProgramStore(tmp_path, DEVICES, "model").place("add", (3,), ARGUMENTS))
-    monkeypatch.undo()
-    monkeypatch.setattr(program_store, "_sources", lambda: "another version")
-    others.append(ProgramStore(tmp_path, DEVICES, "model").place("add", (3,), ARGUMENTS))
-    monkeypatch.undo()
-    precision = jax.config.jax_default_matmul_precision
-    jax.config.update("jax_default_matmul_precision", "highest")
-    try:
-        others.append(ProgramStore(tmp_path, DEVICES, "model").place("add", (3,), ARGUMENTS))
-    finally:
-        jax.config.update("jax_default_matmul_precision", precision)
-    assert len({place, *others}) == len(others) + 1
-    assert ProgramStore(tmp_path, DEVICES, "model").place("add", (3,), ARGUMENTS) == place
+    def place(made_from="model", name="add", key=(3,), arguments=ARGUMENTS):
+        return ProgramStore(tmp_path, DEVICES, made_from).place(name, key, arguments)
+
+    x, y = ARGUMENTS
+    anywhere = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    arguments = [(jnp.arange(5.0), y), (x.astype(jnp.bfloat16), y), (anywhere, y), ((x, y),)]
+    different = [{"made_from": "another model"}, {"name": "sub"}, {"key": (4,)}, *({"arguments": a} for a in arguments)]
+    places = [place(), *(place(**change) for change in different)]
+    for name, value in (("SOURCES", "changed"), ("version", lambda name: "9"), ("_processor", lambda: "another")):
+        with monkeypatch.context() as patch:
+            patch.setattr(program_store, name, value)
+            places.append(place())
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+        places.append(store.place("add", (3,), ARGUMENTS))
+    with jax.default_matmul_precision("highest"):  # also after the store was made
+        places.append(store.place("add", (3,), ARGUMENTS))
+    assert len(set(places)) == len(places)
+    assert place() == store.place("add", (3,), ARGUMENTS) == places[0]
 
 
-@pytest.mark.parametrize("damage", [b"", b"nonsense", pickle.dumps((b"no program", None, None))])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_compiler_asks_the_store_before_it_lowers(store, wanted):
+    source = Source()
+    for _ in range(2):
+        compiler = Compiler(store)
+        compiler.start("add", (3,), lambda arguments: source(), ARGUMENTS, wanted, "buckets")
+        source.check(compiler.take("add", (3,)))
+        compiler.close()
+    assert source.lowered == 1
+    compiler = Compiler(store)
+    compiler.start("add", (3,), lambda arguments: source(), ARGUMENTS, wanted, "other buckets")
+    source.check(compiler.take("add", (3,)))
+    compiler.close()
+    assert source.lowered == 2
+
+
+NO_PROGRAM = pickle.dumps((b"no program", None, None))
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", hashlib.sha256(NO_PROGRAM).digest() + NO_PROGRAM])
 def test_a_damaged_file_is_made_anew(store, damage, caplog):
     source, place = Source(), store.place("add", (3,), ARGUMENTS)
     place.parent.mkdir()
@@ -98,3 +115,15 @@ def test_a_folder_that_cannot_be_written_costs_only_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         source.check(store.get(store.place("add", (3,), ARGUMENTS), source))
     assert "cannot be kept" in caplog.text
+
+
+def test_nothing_half_written_stays(store, caplog, monkeypatch):
+    def full(path, data):
+        path.touch()
+        raise OSError("no space left")
+
+    source, place = Source(), store.place("add", (3,), ARGUMENTS)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr("pathlib.Path.write_bytes", full)
+        source.check(store.get(place, source))
+    assert "no space left" in caplog.text and not list(place.parent.iterdir())
