@@ -78,16 +78,15 @@ def write_pages(pool: jax.Array, values: jax.Array, page: jax.Array, offset: jax
     page = jnp.where(page == 0, pool.shape[0], page)  # out of range, which mode="drop" skips
     if pool.dtype.itemsize > 1:
         return pool.at[page, :, offset].set(values.astype(pool.dtype), mode="drop", unique_indices=True)
-    from pallas_kernels.paged_tile import stored  # takes time to import, which other caches need not pay
+    from pallas_kernels.paged_tile import kept, stored  # takes time to import, which other caches need not pay
 
-    # As bytes: XLA scatters floats of 8 bits, and gathers them in a loop, by way of a copy of all of them in 16.
-    bits = stored(values, pool.dtype).view(jnp.uint8)
-    return pool.view(jnp.uint8).at[page, :, offset].set(bits, mode="drop", unique_indices=True).view(pool.dtype)
+    bits = kept(stored(values, pool.dtype))
+    return kept(pool).at[page, :, offset].set(bits, mode="drop", unique_indices=True).view(pool.dtype)
 
 
 class Pool:
     """K or V of a layer for reading. Made outside the loop that reads: floats of 8 bits are then read as bytes, see
-    `write_pages`.
+    `paged_tile.kept`.
     """
 
     def __init__(self, pool: jax.Array):

@@ -40,9 +40,9 @@ def temporary_bytes(model: ModelConfig, sizes: Sizes, max_logprobs: int, dtype: 
     inner, wide = 4 * model.intermediate_size if model.has_mlp else 0, max(item, 4)
     layer = 0
     if experts := model.experts:  # each token's rows, sorted and multiplied, and where it stands among all experts
-        with_biases = (1, 3) if experts.bias else (0, 0)  # the products apart, and each row's biases
-        rows_of_experts = (3 + with_biases[0]) * model.hidden_size + experts.count
-        rows_of_experts += (2 + with_biases[1]) * experts.intermediate_size
+        rows_of_experts = 3 * model.hidden_size + experts.count + 2 * experts.intermediate_size
+        if experts.bias:  # the products apart, and each row's biases
+            rows_of_experts += model.hidden_size + 3 * experts.intermediate_size
         inner = max(inner, experts.per_token * rows_of_experts)
         if attention != "triton":  # copies an expert's kernels
             layer = 3 * model.hidden_size * experts.intermediate_size * wide
@@ -108,7 +108,9 @@ def plan_pages(
     share = (budget - needed) / max(1, sum((count - 2) * size for count, size in zip(wanted, page_bytes)))
     if devices[0].platform == "cpu" or config.kv_cache_memory_bytes is not None:
         share = min(share, 1.0)  # more than every row could fill
-    pages = [_numbered(2 + int(share * (count - 2)), group, sizes, cache_dtype) for count, group in zip(wanted, groups)]
+    pages = [2 + int(share * (count - 2)) for count in wanted]
+    if config.attention == "triton":
+        pages = [_numbered(count, group, sizes, cache_dtype) for count, group in zip(pages, groups)]
     size = sum(count * page for count, page in zip(pages, page_bytes))
     logger.info("KV cache: %s pages of %d tokens, %.2f GiB", pages, sizes.page_size, size / GIB)
     return tuple(pages)
@@ -119,8 +121,12 @@ def _numbered(count: int, group: CacheGroup, sizes: Sizes, cache_dtype: str) -> 
     4 GiB, see pallas_kernels.triton_tile.check_offsets.
     """
     page = group.kv_heads * sizes.page_size * group.head_dim
-    refused = jnp.dtype(cache_dtype).itemsize == 1 and 2**31 < count * page <= 2**32
-    return 2**31 // page if refused else count
+    if jnp.dtype(cache_dtype).itemsize > 1 or not 2**31 < count * page <= 2**32:
+        return count
+    most, unused = 2**31 // page, 2 * len(group.layers) * (count * page - 2**31)
+    logger.warning("attention='triton' takes no layer's pool of bytes of 2 to 4 GiB: %d pages instead of %d, %.1f GiB "
+                   "stay unused", most, count, unused / GIB)  # fmt: skip
+    return most
 
 
 def _pages_of_one(group: CacheGroup, sizes: Sizes) -> int:

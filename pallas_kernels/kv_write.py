@@ -64,8 +64,12 @@ def kv_write_reference(
 ) -> tuple[jax.Array, jax.Array]:
     """The same as `kv_write` in plain jax.numpy."""
     page = jnp.where(page == 0, k_pages.shape[0], page)  # out of range, which mode="drop" skips
-    k_pages = k_pages.at[page, :, offset].set(tile.stored(k, k_pages.dtype), mode="drop")
-    return k_pages, v_pages.at[page, :, offset].set(tile.stored(v, v_pages.dtype), mode="drop")
+
+    def written(pool, values):
+        values = tile.kept(tile.stored(values, pool.dtype))
+        return tile.kept(pool).at[page, :, offset].set(values, mode="drop").view(pool.dtype)
+
+    return written(k_pages, k), written(v_pages, v)
 
 
 def _check(k_pages, v_pages, k, v, page, offset) -> None:

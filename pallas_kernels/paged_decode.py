@@ -74,10 +74,10 @@ def paged_decode(
     """Causal attention of the last Q tokens of each row to the row's first `lengths[r]` keys.
 
     q [R, Q, H, D], Q from 1 to 8: query j of row r stands at position lengths[r] - Q + j. Pools [pages, KH, page_size,
-    D], H a multiple of KH; floats of 8 bits become q's dtype. page_table [R, W] int32; lengths [R] int32, at most
-    W * page_size. A query sees the last `window` keys, its own included. Entries of the table outside a row's window
-    and length are not used. sinks [H], floats: for each head a score that the softmax counts beside those of the keys,
-    without a value; neither `scale` nor `softcap` changes it.
+    D], H a multiple of KH; floats of 8 bits become q's dtype, float16 where that is bfloat16. page_table [R, W] int32;
+    lengths [R] int32, at most W * page_size. A query sees the last `window` keys, its own included. Entries of the
+    table outside a row's window and length are not used. sinks [H], floats: for each head a score that the softmax
+    counts beside those of the keys, without a value; neither `scale` nor `softcap` changes it.
     Returns [R, Q, H, D] in q's dtype; zeros for a row of length 0. ValueError for shapes that do not fit.
     tuning: a TuningConfig of this file, the default, or of `paged_decode_mosaic`, which also names the kernel.
     """
@@ -185,8 +185,10 @@ def paged_decode_reference(
     kv_heads = k_pages.shape[1]
     einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     # [R, W, KH, page_size, D] -> [R, KH, keys, D]
-    k, v = (pool[page_table].swapaxes(1, 2).reshape(rows, kv_heads, -1, dim).astype(jnp.float32)
-            for pool in (k_pages, v_pages))  # fmt: skip
+    k, v = (
+        tile.kept(pool)[page_table].view(pool.dtype).swapaxes(1, 2).reshape(rows, kv_heads, -1, dim).astype(jnp.float32)
+        for pool in (k_pages, v_pages)
+    )
     grouped = q.reshape(rows, queries, kv_heads, heads // kv_heads, dim).astype(jnp.float32)
     scores = einsum("rqhgd,rhkd->rhgqk", grouped, k) * scale
     if softcap is not None:

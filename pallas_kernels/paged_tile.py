@@ -44,6 +44,11 @@ def stored(values: jax.Array, dtype) -> jax.Array:
     return saturated(values, dtype) if dtype in FLOAT8 else values.astype(dtype)
 
 
+def kept(pool: jax.Array) -> jax.Array:
+    """Floats of 8 bits as bytes, for XLA: it reads and writes them by way of a copy of all of them in 16."""
+    return pool.view(jnp.uint8) if pool.dtype in FLOAT8 else pool
+
+
 def saturated(values: jax.Array, dtype) -> jax.Array:
     """Cast; what lies beyond the dtype's largest number becomes that one, where a plain cast gives infinity or, of
     e4m3fn, NaN. NaN stays NaN. The values' dtype must hold that number.

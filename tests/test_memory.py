@@ -64,13 +64,18 @@ def test_floats_of_8_bits_give_twice_the_pages_of_16(cache):
     assert plan([FULL], cache=cache, kv_cache_memory_bytes=budget // 2) == (40,)
 
 
-def test_a_pool_of_single_bytes_is_not_between_2_and_4_gib(monkeypatch):
+def test_triton_gets_no_pool_of_single_bytes_between_2_and_4_gib(monkeypatch, caplog):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     page, gpu = 2 * 16 * 16, partial(device, "gpu", bytes_in_use=0)
-    for gib, cache, pool in ((7, "float8_e4m3fn", 7 / 4), (12, "float8_e4m3fn", 2), (20, "float8_e4m3fn", 5),
-                             (12, "bfloat16", 1.5)):  # fmt: skip
-        [pages] = plan([FULL], gpu(bytes_limit=gib * GIB), cache=cache, gpu_memory_utilization=0.9)
-        assert abs(pages * page / GIB - pool) < 0.02 and not 2 < pages * page / GIB <= 4
+    for gib, cache, pool, attention in (
+        (7, "float8_e4m3fn", 7 / 4, "triton"), (12, "float8_e4m3fn", 2, "triton"), (20, "float8_e4m3fn", 5, "triton"),
+        (12, "bfloat16", 1.5, "triton"), (12, "float8_e4m3fn", 3, "xla"),
+    ):  # fmt: skip
+        caplog.clear()
+        options = {"gpu_memory_utilization": 0.9, "attention": attention}
+        [pages] = plan([FULL], gpu(bytes_limit=gib * GIB), cache=cache, **options)
+        assert abs(pages * page / GIB - pool) < 0.02
+        assert ("stay unused" in caplog.text) == (pool == 2)
 
 
 def test_devices_of_a_cpu_share_its_memory(monkeypatch):

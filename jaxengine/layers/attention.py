@@ -71,7 +71,7 @@ class LayerInputs:
 
 
 def _floats(cache: LayerCache, inputs: LayerInputs) -> LayerCache:
-    """XLA drops this view, and the one back, where it reads or writes bytes: see `kv_cache.write_pages`."""
+    """XLA drops this view, and the one back, where it reads or writes bytes: see `paged_tile.kept`."""
     dtype = inputs.step.float8
     return cache if dtype is None else LayerCache(cache.k.view(dtype), cache.v.view(dtype))
 

@@ -12,13 +12,16 @@ from tests.tiny_llm import OPTIONS, model_folder
 
 @pytest.fixture(
     scope="module",
-    params=[("llama", "auto"), ("llama", "fp8"),
-            *(pytest.param((kind, "auto"), marks=pytest.mark.full) for kind in ("windows", "experts"))],
+    params=[("llama", "auto", "xla"), ("llama", "fp8", "xla"),
+            *(pytest.param(param, marks=pytest.mark.full) for param in (
+                ("llama", "fp8", "reference"), ("windows", "auto", "xla"), ("experts", "auto", "xla"),
+                ("sinks", "auto", "xla")))],
     ids=str,
 )  # fmt: skip
 def runner(request):
-    kind, cache = request.param
-    with LLM(model_folder(kind), warmup=True, steps_per_call=3, kv_cache_dtype=cache, **OPTIONS) as llm:
+    kind, cache, attention = request.param
+    options = OPTIONS | {"kv_cache_dtype": cache, "attention": attention}
+    with LLM(model_folder(kind), warmup=True, steps_per_call=3, **options) as llm:
         yield llm._runner
 
 

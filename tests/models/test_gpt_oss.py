@@ -62,7 +62,7 @@ def test_arrays_by_the_names_of_transformers(tmp_path):
     np.testing.assert_array_equal(gate, tiny.tensors("gpt_oss")["model.layers.1.mlp.experts.gate_up_proj"][..., ::2])
 
 
-def test_mxfp4_that_the_config_does_not_announce_is_refused(tmp_path):
+def test_another_quantization_is_refused(tmp_path):
     quantized, _ = write_mxfp4(tmp_path)
     edit_json(quantized / "config.json", quantization_config={"quant_method": "fp8"})
     with pytest.raises(UnsupportedModelError, match=r"quantization_config=\{'quant_method': 'fp8'\}"):
