@@ -69,7 +69,7 @@ def test_another_quantization_is_refused(tmp_path):
         open_checkpoint(quantized)
 
 
-@pytest.mark.parametrize("attention", ["xla", "reference"])
+@pytest.mark.parametrize("attention", ["xla", pytest.param("reference", marks=pytest.mark.full)])
 def test_greedy_tokens_of_the_engine(tmp_path, attention):
     """Prompts in chunks and of several lengths; the model's own logits, token by token, say what is right."""
     quantized, _ = write_mxfp4(tmp_path)
