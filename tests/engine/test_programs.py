@@ -12,10 +12,10 @@ from tests.tiny_llm import OPTIONS, model_folder
 
 @pytest.fixture(
     scope="module",
-    params=[("llama", "auto", "xla"), ("llama", "fp8", "xla"),
+    params=[("llama", "fp8", "xla"),
             *(pytest.param(param, marks=pytest.mark.full) for param in (
-                ("llama", "fp8", "reference"), ("windows", "auto", "xla"), ("experts", "auto", "xla"),
-                ("sinks", "auto", "xla")))],
+                ("llama", "auto", "xla"), ("llama", "fp8", "reference"), ("windows", "auto", "xla"),
+                ("experts", "auto", "xla"), ("sinks", "auto", "xla")))],
     ids=str,
 )  # fmt: skip
 def runner(request):
