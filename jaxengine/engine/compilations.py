@@ -39,9 +39,12 @@ class Compiler:
         arguments = jax.tree.map(stand_in, arguments)
         store = self._store
         place = store.place(name, (key, depends_on), arguments) if store else None
-        lowered = partial(self._lower, lower, arguments, wanted)
-        if wanted and not (place and place.exists()):
-            lowered = partial(_same, lowered())
+        now = wanted and not (place and place.exists())
+        ready = self._lower(lower, arguments, wanted) if now else None
+
+        def lowered() -> Any:
+            return ready or self._lower(lower, arguments, wanted)
+
         make = partial(store.get, place, lowered) if store and place else lambda: lowered().compile()
         self.waiting[name, *key] = self._threads.submit(make)
 
@@ -57,10 +60,6 @@ class Compiler:
         """What has not begun never will."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.waiting = {}
-
-
-def _same(program: Any) -> Any:
-    return program
 
 
 def stand_in(argument: Any) -> Any:
