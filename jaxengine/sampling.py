@@ -8,7 +8,6 @@ What min_p, top_k and top_p keep is always "all tokens within some distance of t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -105,8 +104,8 @@ def sample(
     if logprobs_mode == "processed":
         distance = _scaled_distance(edited, fields)
         scores = jnp.where(distance <= limit[:, None], -distance, -jnp.inf)
-    found = _token_logprobs(scores, tokens, num_logprobs)
-    whole = _log_softmax(scores) if whole_vocab else jnp.zeros((rows, 0), jnp.float32)
+    found = token_logprobs(scores, tokens, num_logprobs)
+    whole = log_softmax(scores) if whole_vocab else jnp.zeros((rows, 0), jnp.float32)
     return Sampled(tokens, *found, whole)
 
 
@@ -283,7 +282,8 @@ def _fold_in(key: tuple[jax.Array, jax.Array], data: jax.Array) -> tuple[jax.Arr
 # -- log-probabilities
 
 
-def _log_softmax(scores: jax.Array) -> jax.Array:
+def log_softmax(scores: jax.Array) -> jax.Array:
+    """float32 [T, V] -> the same floats as `token_logprobs` gives."""
     best, log_total = _totals(scores)
     return scores - best - log_total
 
@@ -295,55 +295,14 @@ def _totals(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     return best, jnp.log(jnp.maximum(total, 1.0))  # the best token alone is 1; less: every score is -inf
 
 
-def _token_logprobs(scores: jax.Array, tokens: jax.Array, k: int, any_best: jax.Array | bool = True) -> TokenLogprobs:
-    """Of `tokens` and, if `any_best` are asked for, of the k best: the search for these costs more than the rest.
+def token_logprobs(scores: jax.Array, tokens: jax.Array, k: int) -> TokenLogprobs:
+    """scores float32 [T, V] -> log-probabilities of `tokens` int32 [T] and of the k best, whose search costs more than
+    the rest.
 
     Both come from `scores` in the same way: equal tokens have equal floats.
     """
     best, log_total = _totals(scores)
     own = jnp.take_along_axis(scores, tokens[:, None], axis=-1)
     rank = 1 + jnp.sum(scores > own, axis=-1, dtype=jnp.int32)
-    k = min(k, scores.shape[-1])
-    none = jnp.zeros((len(scores), k), jnp.float32)
-    top, ids = jax.lax.cond(any_best, lambda: tuple(jax.lax.top_k(scores, k)), lambda: (none, none.astype(jnp.int32)))
+    top, ids = jax.lax.top_k(scores, min(k, scores.shape[-1]))
     return TokenLogprobs((own - best - log_total)[:, 0], rank, ids, top - best - log_total)
-
-
-def prompt_logprobs(
-    hidden: jax.Array,
-    head: Callable[[jax.Array], jax.Array],
-    places: jax.Array,
-    targets: jax.Array,
-    num_logprobs: int,
-    chunk: int = 128,
-    any_best: jax.Array | bool = True,
-) -> TokenLogprobs:
-    """Log-probability of targets[t] under head(hidden[places[t]]), and of the best; anything where places[t] is -1.
-
-    hidden [T, E]; places, targets int32 [T], those that are asked for first. `head` maps [chunk, E] to logits [chunk,
-    V]: it is computed for what is asked for only, and logits of no more than `chunk` tokens exist at a time. What
-    it says of the best holds if `any_best` are asked for.
-    """
-    count = len(places)
-    chunk = min(chunk, count)
-    padding = (0, -count % chunk)
-    places, targets = jnp.pad(places, padding, constant_values=-1), jnp.pad(targets, padding)
-
-    def one(i) -> TokenLogprobs:
-        rows = hidden[jax.lax.dynamic_slice_in_dim(places, i * chunk, chunk)]
-        ids = jax.lax.dynamic_slice_in_dim(targets, i * chunk, chunk)
-        return _token_logprobs(head(rows).astype(jnp.float32), ids, num_logprobs, any_best)
-
-    def body(i, found: TokenLogprobs) -> TokenLogprobs:
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
-        return jax.tree.map(put, found, one(i))
-
-    shapes = jax.eval_shape(one, jnp.int32(0))
-    found = jax.tree.map(lambda x: jnp.zeros((len(places), *x.shape[1:]), x.dtype), shapes)
-    chunks = (jnp.sum(places >= 0, dtype=jnp.int32) + chunk - 1) // chunk
-    return jax.tree.map(lambda x: x[:count], jax.lax.fori_loop(0, chunks, body, found))
-
-
-def prompt_vocab_logprobs(hidden: jax.Array, head: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """hidden [chunk, E] -> log-probabilities float32 [chunk, V], the same floats as `prompt_logprobs` gives."""
-    return _log_softmax(head(hidden).astype(jnp.float32))

@@ -3,8 +3,17 @@
 import numpy as np
 import pytest
 
-from jaxengine import RequestError, SamplingParams
-from tests.tiny_llm import VOCAB, check_integrity, dense_logprobs, fresh_llm, reference_logprobs, shared_llm
+from jaxengine import LLM, RequestError, SamplingParams
+from tests.tiny_llm import (
+    OPTIONS,
+    VOCAB,
+    check_integrity,
+    dense_logprobs,
+    fresh_llm,
+    model_folder,
+    reference_logprobs,
+    shared_llm,
+)
 
 PROMPT = [11 * i % 590 + 3 for i in range(45)]  # two chunks
 
@@ -146,3 +155,20 @@ def test_logprobs_agree_with_those_of_sampling():
     again = llm.logprobs([[*o.prompt_token_ids, *o.outputs[0].token_ids] for o in outputs])
     for output, found in zip(outputs, again, strict=True):
         np.testing.assert_allclose(found[-30:], output.outputs[0].logprobs.logprobs, atol=1e-4)
+
+
+def test_chunk_by_chunk_and_only_of_what_is_asked_for():
+    with LLM(model_folder(), **OPTIONS) as llm:
+        llm._runner.prompt_chunk = 12  # no divisor of a step's 32 tokens
+        llm._runner._run, run = lambda name, *args: ran.append((name, args[0])) or run(name, *args), llm._runner._run
+        for wanted, start, chunks in ((3, 0, 3 + 1), (0, 40, 1), (-1, 20, 2 + 1)):
+            ran: list = []
+            asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=wanted, prompt_logprobs_start=start)
+            [output] = llm.generate([PROMPT], asked, use_tqdm=False)
+            want, first = reference_logprobs("llama", PROMPT), max(1, start)
+            close(output.prompt_logprobs.logprobs, want[range(first - 1, 44), PROMPT[first:]])
+            assert output.prompt_logprobs.top_logprobs.shape == (45 - first, VOCAB if wanted == -1 else wanted)
+            assert [key for name, key in ran if name == "prompt"] == [(12, wanted > 0)] * chunks
+            llm.reset_prefix_cache()
+        logits = llm._runner._programs["prompt", 12, True].out_info
+        assert [x.shape[0] for x in logits] == [12] * 4, "no more of them exist at a time"

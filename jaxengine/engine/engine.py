@@ -3,10 +3,11 @@
 import heapq
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Protocol
 
 import numpy as np
@@ -452,16 +453,19 @@ def _keep_prompt_logprobs(
         return
     offset = span.count - count
     logprob, rank, top_ids, top_logprobs = (part[span.begin + offset : span.begin + span.count] for part in prompt)
-    if whole is None:
+    best: Iterable[tuple[np.ndarray, np.ndarray]]
+    if whole is not None:
+        # From the same program as the rest of the vocabulary: another one may round otherwise.
+        vocab = whole[offset:]
+        best = map(_ranked, vocab)
+        logprob = vocab[np.arange(count), sequence.tokens[first : first + count]]
+        rank = 1 + (vocab > logprob[:, None]).sum(axis=1)
+    elif wanted:
         best = zip(top_ids[:, :wanted].copy(), top_logprobs[:, :wanted].copy(), strict=True)
     else:
-        # From the same program as the rest of the vocabulary: another one may round otherwise.
-        rows = whole[offset:]
-        best = map(_ranked, rows)  # type: ignore[assignment]
-        logprob = rows[np.arange(count), sequence.tokens[first : first + count]]
-        rank = 1 + (rows > logprob[:, None]).sum(axis=1)
-    for own, place, (ids, values) in zip(logprob.tolist(), rank.tolist(), best, strict=True):
-        sequence.prompt_logprobs.append((own, place, ids, values))
+        best = repeat((np.zeros(0, np.int32), np.zeros(0, np.float32)), count)
+    rows = zip(logprob.tolist(), rank.tolist(), best, strict=True)
+    sequence.prompt_logprobs.extend((own, place, *of_best) for own, place, of_best in rows)
 
 
 def _ranked(logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

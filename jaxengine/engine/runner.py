@@ -37,7 +37,7 @@ from jaxengine.layers.peers import create_peers, linked, own, peer_rows, peers_s
 from jaxengine.layers.pooling import pooled_sums
 from jaxengine.models import sums_over_peers
 from jaxengine.request import MAX_LOGIT_BIAS
-from jaxengine.sampling import count_tokens, prompt_logprobs, prompt_vocab_logprobs, sample
+from jaxengine.sampling import count_tokens, log_softmax, sample, token_logprobs
 from jaxengine.sharding import DATA, STAGE, gather, named_sharding, on_each_device
 from jaxengine.step import (
     MODES,
@@ -183,25 +183,43 @@ class Runner:
             self._rules = rules or self._rules
         spans = []
         if inputs.prompt_asked is not None:
-            any_best = np.bool_(any(span.best > 0 for span in inputs.prompt_spans))
-            found = self._run("prompt", (inputs.bucket.tokens,), leaves, hidden, inputs.prompt_asked, any_best)
-            arrays = {**arrays, "prompt": found}
+            arrays = {**arrays, "prompt": self._prompt_logprobs(hidden, inputs)}
             # The whole vocabulary goes to the host chunk by chunk: on the device it would not fit.
             whole = [(span.token, span.token + span.count) for span in inputs.prompt_spans if span.best == -1]
             spans = [self._vocab_logprobs(hidden, *span) for span in whole]
         if inputs.pooled_rows is not None:
             arrays = {**arrays, "pooled": self._run("pool", (inputs.bucket,), leaves, hidden, inputs.pooled_rows)}
-        return Flight(arrays, spans, inputs.order)
+        return Flight(arrays, spans, inputs.order, (self.shards, inputs.bucket.tokens))
+
+    def _prompt_logprobs(self, hidden: jax.Array, inputs: StepInputs) -> list[Any]:
+        """Of one chunk after another. A loop or a condition in one program would have the host wait for the step: a
+        GPU's are decided there.
+        """
+        assert inputs.prompt_asked is not None
+        asked, tokens = inputs.prompt_asked.reshape(2, self.shards, -1), inputs.bucket.tokens
+        chunk, best = self._chunk(tokens), any(span.best > 0 for span in inputs.prompt_spans)
+        asked = np.pad(asked, ((0, 0), (0, 0), (0, -tokens % chunk)), constant_values=-1)
+        parts = []
+        for start in range(0, int((asked[0] >= 0).sum(axis=1).max()), chunk):
+            places, targets = asked[:, :, start : start + chunk].reshape(2, -1)
+            rows = self._run("prompt_rows", (tokens,), hidden, places)
+            parts.append(self._run("prompt", (chunk, best), self.weights.leaves, rows, targets))
+        return parts
 
     def _vocab_logprobs(self, hidden: jax.Array, start: int, end: int) -> np.ndarray:
         tokens = hidden.shape[0] // self.shards
-        chunk, of_shard = min(self.prompt_chunk, tokens), start // tokens * tokens
+        chunk, shard = self._chunk(tokens), start // tokens
         parts = []
         for first in range(start, end, chunk):
-            first_row = min(first, of_shard + tokens - chunk)
-            part = self._run("prompt_vocab", (tokens,), self.weights.leaves, hidden, np.int32(first_row))
-            parts.append(np.asarray(part)[first - first_row : min(end, first + chunk) - first_row])
+            places = np.minimum(np.arange(first, first + chunk) - shard * tokens, tokens - 1).astype(np.int32)
+            rows = self._run("prompt_rows", (tokens,), hidden, np.tile(places, self.shards))
+            part = self._run("prompt_vocab", (chunk,), self.weights.leaves, rows, np.int32(shard))
+            parts.append(np.asarray(part)[: end - first])
         return np.concatenate(parts)
+
+    def _chunk(self, tokens: int) -> int:
+        """Prompt tokens whose logits exist at a time, in a step of so many tokens."""
+        return min(self.prompt_chunk, tokens)
 
     def _own_slots(self, slot: int) -> np.ndarray:
         """What each shard writes to where one of them writes to this slot: the others to their null slot."""
@@ -288,7 +306,8 @@ class Runner:
             ),
             "mixed": (self._mixed, (1, 3), (leaves, cache, rows, tables, rows), (cache, tables, rows, rows)),
             "head": (self._head, (2, 6), (leaves, rows, rows, tables, rows, rows, rows, rows), (rows, rows, told)),
-            "prompt": (self._prompt, (), (leaves, rows, tables, whole), told),
+            "prompt_rows": (self._prompt_rows, (), (rows, rows), rows),
+            "prompt": (self._prompt, (), (leaves, rows, rows), told),
             "prompt_vocab": (self._prompt_vocab, (), (leaves, rows, whole), whole),
             "pool": (self._pool, (), (leaves, rows, rows), told),
             "write_slots": (
@@ -403,17 +422,18 @@ class Runner:
         """Results for the host, which has those of all shards in any case."""
         return jax.tree.map(partial(gather, axis=DATA, dimension=0), results) if self._gathers else results
 
-    def _prompt(self, tokens, leaves, hidden, asked, any_best):
-        head, most = self.weights.module(leaves).head, self.config.max_logprobs
-        chunk = min(self.prompt_chunk, tokens)
-        return self._told(prompt_logprobs(hidden, head, asked[0], asked[1], most, chunk, any_best))
+    def _prompt_rows(self, tokens, hidden, places):
+        return hidden[places]
 
-    def _prompt_vocab(self, tokens, leaves, hidden, first):
-        """`first` is counted through all shards; each computes what one of them was asked for."""
-        chunk = jax.lax.dynamic_slice_in_dim(hidden, first % tokens, min(self.prompt_chunk, tokens))
+    def _prompt(self, chunk, best, leaves, rows, targets):
+        logits = self.weights.module(leaves).head(rows)
+        return self._told(token_logprobs(logits, targets, self.config.max_logprobs if best else 0))
+
+    def _prompt_vocab(self, chunk, leaves, rows, shard):
+        """Each shard computes what this one was asked for."""
         if self.shards > 1:
-            chunk = jax.lax.all_gather(chunk, DATA)[first // tokens]
-        return prompt_vocab_logprobs(chunk, self.weights.module(leaves).head)
+            rows = jax.lax.all_gather(rows, DATA)[shard]
+        return log_softmax(self.weights.module(leaves).head(rows))
 
     def _pool(self, bucket, leaves, hidden, rows):
         return self._told(pooled_sums(self.weights.module(leaves).norm(hidden), rows, bucket.rows))
@@ -432,7 +452,10 @@ class Runner:
     def _soon(self, inputs: StepInputs) -> list[tuple[str, tuple]]:
         """What a mixed step runs: their first times come together."""
         head = [("head", (inputs.head_bucket, inputs.mode, inputs.whole_vocab))] if inputs.head_bucket else []
-        return [("write_slots", ()), ("mixed", (inputs.bucket,)), *head]
+        tokens, best = inputs.bucket.tokens, any(span.best > 0 for span in inputs.prompt_spans)
+        prompt = [("prompt_rows", (tokens,)), ("prompt", (self._chunk(tokens), best))]
+        asked = prompt if inputs.prompt_asked is not None else []
+        return [("write_slots", ()), ("mixed", (inputs.bucket,)), *head, *asked]
 
     def _later(self, inputs: StepInputs) -> list[tuple[str, tuple]]:
         """The decode steps that likely follow a mixed step."""
@@ -451,7 +474,9 @@ class Runner:
             keys += [("head", (self.buckets.head(rows), *mode)) for mode in modes]
         for tokens in self.buckets.tokens:
             bucket = self.buckets.mixed(tokens)
-            keys += [("mixed", (bucket,)), ("prompt", (tokens,)), ("prompt_vocab", (tokens,)), ("pool", (bucket,))]
+            keys += [("mixed", (bucket,)), ("prompt_rows", (tokens,)), ("pool", (bucket,))]
+        for chunk in sorted(set(map(self._chunk, self.buckets.tokens))):
+            keys += [("prompt", (chunk, False)), ("prompt", (chunk, True)), ("prompt_vocab", (chunk,))]
         return [*keys, ("write_slots", ()), ("write_rules", ()), ("write_mask", ())]
 
     def _arguments(self, name: str, key: tuple) -> tuple:
@@ -477,8 +502,10 @@ class Runner:
                 return leaves, rows, *slots, rules if key[1] == "everything" else (), packed()
             case "mixed":
                 return leaves, self._cache, slots.last_token, slots.tables, packed()
+            case "prompt_rows":
+                return hidden(key[0]), ints(self._chunk(key[0]))
             case "prompt":
-                return leaves, hidden(key[0]), np.stack([ints(key[0])] * 2), np.bool_(False)
+                return leaves, hidden(key[0]), ints(key[0])
             case "prompt_vocab":
                 return leaves, hidden(key[0]), np.int32(0)
             case "pool":

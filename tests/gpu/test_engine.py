@@ -77,7 +77,9 @@ def test_teacher_forced_log_probabilities_in_bfloat16(shipped_model, cache):
             f"bfloat16, cache {cache}, {name}: mean {difference.mean():.1e}, of absolutes {size.mean():.1e}, "
             f"largest {size.max():.1e}"
         )
-    assert max(abs(difference.mean()) for difference in errors.values()) <= 5e-3
+    # What bfloat16 rounds moves keys and values to another float of 8 bits: then the reference too is off from float32.
+    bounded = errors if cache == "auto" else {"between them": errors["between them"]}
+    assert max(abs(difference.mean()) for difference in bounded.values()) <= 5e-3
     # Each single one is rounded by bfloat16; the kernels' no worse than the reference's.
     assert np.abs(errors["kernels"]).mean() <= 1.1 * np.abs(errors["reference"]).mean()
 

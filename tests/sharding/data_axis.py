@@ -31,7 +31,9 @@ ASKED = [
 def make_llm(family, data=1, tensor=1, expert=1, **options):
     sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor, "expert_parallel_size": expert,
              "fuse_weights": True}  # fmt: skip
-    return LLM(params(family), config=CONFIGS[family], **(SMALL | sizes | options))
+    llm = LLM(params(family), config=CONFIGS[family], **(SMALL | sizes | options))
+    llm._runner.prompt_chunk = 12  # several a step
+    return llm
 
 
 def prompts(count):
