@@ -8,6 +8,7 @@ What min_p, top_k and top_p keep is always "all tokens within some distance of t
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -229,19 +230,29 @@ def _limit(distance: jax.Array, fields: SamplingFields, axis: Axis | None) -> ja
 
 
 def _smallest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
-    """float32 [rows]: per row the smallest t >= 0 for which `holds(t)`, infinity if there is none. Bisects the bits.
+    """float32 [rows]: per row the smallest t >= 0 for which `holds(t)`, infinity if there is none.
 
-    `holds` maps float32 [rows] to bool [rows] and turns from False to True once as t grows.
+    `holds` maps float32 [rows] to bool [rows] and turns from False to True once as t grows. A GPU reads what it looks
+    at once for several t, a CPU once for each.
     """
+    halves, eighths = partial(_narrow, holds, rows, 1), partial(_narrow, holds, rows, 3)
+    return jax.lax.platform_dependent(cpu=halves, default=eighths)
 
-    def halve(_, interval):
+
+def _narrow(holds: Callable[[jax.Array], jax.Array], rows: int, bits: int) -> jax.Array:
+    """See `_smallest`: an interval of floats, numbered by their bits, is cut into 2**bits parts until it has one."""
+    parts = 2**bits
+
+    def cut(_, interval):
         low, high = interval  # holds(low) is False, or low is -1; holds(high) is True, or high is infinity
-        middle = low + (high - low) // 2
-        true = holds(jax.lax.bitcast_convert_type(middle, jnp.float32))
-        return jnp.where(true, low, middle), jnp.where(true, middle, high)
+        step = (high - low + parts - 1) // parts
+        true = [holds(jax.lax.bitcast_convert_type(low + i * step, jnp.float32)) | (low + i * step >= high)
+                for i in range(1, parts)]  # fmt: skip
+        low += step * jnp.sum(~jnp.stack(true), axis=0, dtype=jnp.int32)
+        return low, jnp.minimum(low + step, high)
 
     start = (jnp.full(rows, -1, jnp.int32), jnp.full(rows, _INFINITY_BITS, jnp.int32))
-    _, high = jax.lax.fori_loop(0, 31, halve, start)  # the first interval is less than 2**31 wide
+    _, high = jax.lax.fori_loop(0, -(-31 // bits), cut, start)  # the first interval is less than 2**31 wide
     return jax.lax.bitcast_convert_type(high, jnp.float32)
 
 

@@ -52,6 +52,8 @@ from jaxengine.step import (
 
 logger = logging.getLogger(__name__)
 SLOT_BATCH = 8  # slots written by one call
+# XLA's default and WHILE: conditions of the sampler, with loops in them, that the host would decide and so wait for.
+IN_GRAPHS = ("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE")
 CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
 
 
@@ -321,13 +323,20 @@ class Runner:
         if self.mesh.size > 1:
             specs = tuple(place if place is leaves else place.spec for place in places)
             function, arguments = on_each_device(function, arguments, specs, out, self.mesh)
-        on_gpu = self.mesh.devices.flat[0].platform == "gpu"
-        cublas = name == "decode" and key[0].rows >= CUBLAS_ROWS * self.stages and on_gpu
-        options = {"xla_gpu_enable_triton_gemm": False} if cublas else {}
-        if self.mesh.is_multi_process and on_gpu:  # one that finds the program in its cache would keep others waiting
-            options |= {"xla_gpu_shard_autotuning": False}
-        jitted = jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options or None)
+        options = self._compiler_options(name, key) if self.mesh.devices.flat[0].platform == "gpu" else None
+        jitted = jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options)
         return jitted.lower(*arguments)
+
+    def _compiler_options(self, name: str, key: tuple) -> dict[str, Any]:
+        """XLA's, for a GPU."""
+        options: dict[str, Any] = {}
+        if name == "decode" and key[0].rows >= CUBLAS_ROWS * self.stages:
+            options["xla_gpu_enable_triton_gemm"] = False
+        if name in ("decode", "head") and self.mesh.size == 1:
+            options["xla_gpu_enable_command_buffer"] = ",".join(IN_GRAPHS)
+        if self.mesh.is_multi_process:  # one that finds the program in its cache would keep others waiting
+            options["xla_gpu_shard_autotuning"] = False
+        return options
 
     def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, peers, packed):
         """`bucket.steps` new tokens for each row [rows, steps], head and sampler included."""
