@@ -15,7 +15,7 @@ from jaxengine.step import StepInputs
 @dataclass
 class Recording:
     steps: list[StepInputs] = field(default_factory=list)
-    late: int = 0  # how many of them came when the device had finished the one before
+    late: int = 0  # how many of them the device had to wait for: it had finished the one before
 
 
 @contextmanager
@@ -27,8 +27,8 @@ def recorded(runner: Any) -> Iterator[Recording]:
 
     def submit(inputs: StepInputs) -> Any:
         recording.steps.append(inputs)
-        recording.late += bool(results) and all(array.is_ready() for array in results)
         flight = type(runner).submit(runner, inputs)
+        recording.late += bool(results) and all(array.is_ready() for array in results)
         results[:] = jax.tree.leaves(flight._arrays)
         return flight
 

@@ -1,5 +1,6 @@
 """LLM on a tiny random model: prompts of every form, streams, sampling fields."""
 
+import gc
 import itertools
 import time
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxengine import RequestError, SamplingParams
+from jaxengine.engine.sequence import Request
 from tests.tiny_llm import EOS, VOCAB, count_ties, fresh_llm, shared_llm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
@@ -399,3 +401,16 @@ def test_a_salt_keeps_pages_apart(llm):
     salts = ["one", "one", "two", None]
     cached = [generate(llm, {"prompt_token_ids": prompt, "cache_salt": salt})[0].num_cached_tokens for salt in salts]
     assert cached == [0, 32, 0, 0]
+
+
+def test_what_ended_is_freed_without_the_collector():
+    llm = shared_llm()
+    gc.collect()
+    gc.disable()
+    try:
+        known = {id(thing) for thing in gc.get_objects() if isinstance(thing, Request)}
+        outputs = llm.generate([[5, 6, 7]] * 3, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
+        assert [thing for thing in gc.get_objects() if isinstance(thing, Request) and id(thing) not in known] == []
+    finally:
+        gc.enable()
+    assert len(outputs) == 3

@@ -1,4 +1,4 @@
-"""Compiling programs, in threads, and how often the process compiled: after warm-up, a fault."""
+"""Compiling programs, with which options, in threads, and how often the process compiled: after warm-up, a fault."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,10 +9,28 @@ from typing import Any
 
 import jax
 import jax.monitoring
+from jax.sharding import Mesh
 
 from jaxengine.engine.program_store import ProgramStore
 
+# XLA's default and WHILE: conditions of the sampler, with loops in them, that the host would decide and so wait for.
+IN_GRAPHS = ("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE")
+CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
 COMPILERS = 2  # programs compiled beside one another: each takes memory of the device, see memory.compiling_bytes
+
+
+def compiler_options(name: str, rows: int, mesh: Mesh) -> dict[str, Any]:
+    """XLA's, for a program of the runner; `rows` that a decode step computes at a time. They are for GPUs."""
+    options: dict[str, Any] = {}
+    if mesh.devices.flat[0].platform != "gpu":
+        return options
+    if name == "decode" and rows >= CUBLAS_ROWS:
+        options["xla_gpu_enable_triton_gemm"] = False
+    if name in ("decode", "head") and mesh.size == 1:
+        options["xla_gpu_enable_command_buffer"] = ",".join(IN_GRAPHS)
+    if mesh.is_multi_process:  # one that finds the program in its cache would keep others waiting
+        options["xla_gpu_shard_autotuning"] = False
+    return options
 
 
 class Compiler:

@@ -4,13 +4,18 @@ Programs see one shard of the data axis; each shard has a last slot of its own.
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxengine.request import MAX_LOGIT_BIAS
 from jaxengine.sampling import SamplingFields, count_row
-from jaxengine.step import SLOT_INTS
+from jaxengine.step import SLOT_FLOATS, SLOT_INTS, LogitWrite, SlotWrite
+
+SLOT_BATCH = 8  # slots written by one call
 
 
 class Slots(NamedTuple):
@@ -29,6 +34,37 @@ class LogitRules(NamedTuple):
     mask: jax.Array  # uint32 [slots, words]
     bias_ids: jax.Array  # int32 [slots, MAX_LOGIT_BIAS], -1 = none
     bias_values: jax.Array  # float32 [slots, MAX_LOGIT_BIAS]
+
+
+def packed_slots(
+    writes: Sequence[SlotWrite], shards: int, null_slot: int, groups: int, columns: int
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """What calls of `write_slots` take for these: slots, tables, ints, floats of SLOT_BATCH slots of each shard."""
+    own = [[write for write in writes if write.slot // null_slot == shard] for shard in range(shards)]
+    size = shards * SLOT_BATCH
+    for i in range(0, max(map(len, own)), SLOT_BATCH):
+        slots = np.full(size, null_slot, np.int32)
+        ints = np.zeros((size, len(SLOT_INTS)), np.int32)
+        floats = np.zeros((size, len(SLOT_FLOATS)), np.float32)
+        tables = np.zeros((groups, size, columns), np.int32)
+        for shard, of_shard in enumerate(own):
+            for j, write in enumerate(of_shard[i : i + SLOT_BATCH], shard * SLOT_BATCH):
+                slots[j] = write.slot - shard * null_slot
+                ints[j], floats[j] = write.ints, write.floats
+                for g, pages in enumerate(write.pages):
+                    tables[g, j, : len(pages)] = pages
+        yield slots, tables, ints, floats
+
+
+def packed_rules(write: LogitWrite, slots: np.ndarray, max_tokens: int) -> tuple[np.ndarray, ...]:
+    """What `write_rules` takes for this, of each shard's slot: sizes, tokens, mask, biases."""
+    tokens = np.zeros(max_tokens, np.int32)
+    tokens[: len(write.tokens)] = write.tokens
+    ids, values = np.full(MAX_LOGIT_BIAS, -1, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
+    ids[: len(write.bias)] = list(write.bias)
+    values[: len(write.bias)] = list(write.bias.values())
+    sizes = np.array([(slot, write.num_prompt, len(write.tokens)) for slot in slots], np.int32)
+    return sizes.ravel(), tokens, write.mask, ids, values
 
 
 def update_tables(tables: jax.Array, updates: jax.Array) -> jax.Array:

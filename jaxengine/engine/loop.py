@@ -136,6 +136,8 @@ class EngineLoop:
                 self._listeners.pop(request.request_id, None)
             if entry is not None:
                 entry[1](request)
+            if request.finished:
+                request.sequences = []  # no cycles: the collector, which they would wait for, stops all threads
 
     def _fail_all(self) -> None:
         with self._wake:

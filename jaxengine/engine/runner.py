@@ -4,7 +4,7 @@ The runner's only inputs are StepInputs and a few commands. Programs take flat l
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,12 @@ from jax.sharding import Mesh
 
 from jaxengine.config import EngineConfig, ModelConfig
 from jaxengine.engine.batch import Buckets
-from jaxengine.engine.compilations import CompilationCounter, Compiler
+from jaxengine.engine.compilations import CompilationCounter, Compiler, compiler_options
 from jaxengine.engine.device_slots import (
     LogitRules,
     Slots,
+    packed_rules,
+    packed_slots,
     sampling_fields,
     update_tables,
     write_mask,
@@ -39,22 +41,9 @@ from jaxengine.models import sums_over_peers
 from jaxengine.request import MAX_LOGIT_BIAS
 from jaxengine.sampling import count_tokens, log_softmax, sample, token_logprobs
 from jaxengine.sharding import DATA, STAGE, gather, named_sharding, on_each_device
-from jaxengine.step import (
-    MODES,
-    SLOT_FLOATS,
-    SLOT_INTS,
-    LogitWrite,
-    SlotWrite,
-    StepInputs,
-    packed_size,
-    unpack,
-)
+from jaxengine.step import MODES, SLOT_FLOATS, SLOT_INTS, LogitWrite, SlotWrite, StepInputs, packed_size, unpack
 
 logger = logging.getLogger(__name__)
-SLOT_BATCH = 8  # slots written by one call
-# XLA's default and WHILE: conditions of the sampler, with loops in them, that the host would decide and so wait for.
-IN_GRAPHS = ("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE")
-CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
 
 
 class Runner:
@@ -231,31 +220,19 @@ class Runner:
         return slots
 
     def _write_slots(self, writes: Sequence[SlotWrite]) -> None:
-        columns, size = self._slots.tables.shape[2], self.shards * SLOT_BATCH
-        own = [[w for w in writes if w.slot // self.buckets.max_num_seqs == shard] for shard in range(self.shards)]
-        for i in range(0, max(map(len, own)), SLOT_BATCH):
-            slots = np.full(size, self.buckets.max_num_seqs, np.int32)
-            ints = np.zeros((size, len(SLOT_INTS)), np.int32)
-            floats = np.zeros((size, len(SLOT_FLOATS)), np.float32)
-            tables = np.zeros((len(self.groups), size, columns), np.int32)
-            for shard, of_shard in enumerate(own):
-                for j, write in enumerate(of_shard[i : i + SLOT_BATCH], shard * SLOT_BATCH):
-                    slots[j] = write.slot - shard * self.buckets.max_num_seqs
-                    ints[j], floats[j] = write.ints, write.floats
-                    for g, pages in enumerate(write.pages):
-                        tables[g, j, : len(pages)] = pages
-            new = self._run("write_slots", (), *self._slots[1:], slots, tables, ints, floats)
+        for packed in self._packed_slots(writes):
+            new = self._run("write_slots", (), *self._slots[1:], *packed)
             self._slots = Slots(self._slots.last_token, *new)
 
+    def _packed_slots(self, writes: Sequence[SlotWrite]) -> Iterator[tuple[np.ndarray, ...]]:
+        columns = self._slots.tables.shape[2]
+        return packed_slots(writes, self.shards, self.buckets.max_num_seqs, len(self.groups), columns)
+
     def _write_rules(self, write: LogitWrite) -> None:
-        tokens = np.zeros(self.max_model_len + 1, np.int32)
-        tokens[: len(write.tokens)] = write.tokens
-        ids, values = np.full(MAX_LOGIT_BIAS, -1, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
-        ids[: len(write.bias)] = list(write.bias)
-        values[: len(write.bias)] = list(write.bias.values())
-        own = self._own_slots(write.slot)
-        sizes = np.array([(slot, write.num_prompt, len(write.tokens)) for slot in own], np.int32)
-        self._rules = self._run("write_rules", (), self._rules, sizes.ravel(), tokens, write.mask, ids, values)
+        self._rules = self._run("write_rules", (), self._rules, *self._packed_rules(write))
+
+    def _packed_rules(self, write: LogitWrite) -> tuple[np.ndarray, ...]:
+        return packed_rules(write, self._own_slots(write.slot), self.max_model_len + 1)
 
     # -- programs
 
@@ -323,20 +300,9 @@ class Runner:
         if self.mesh.size > 1:
             specs = tuple(place if place is leaves else place.spec for place in places)
             function, arguments = on_each_device(function, arguments, specs, out, self.mesh)
-        options = self._compiler_options(name, key) if self.mesh.devices.flat[0].platform == "gpu" else None
+        options = compiler_options(name, key[0].rows // self.stages if name == "decode" else 0, self.mesh)
         jitted = jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options)
         return jitted.lower(*arguments)
-
-    def _compiler_options(self, name: str, key: tuple) -> dict[str, Any]:
-        """XLA's, for a GPU."""
-        options: dict[str, Any] = {}
-        if name == "decode" and key[0].rows >= CUBLAS_ROWS * self.stages:
-            options["xla_gpu_enable_triton_gemm"] = False
-        if name in ("decode", "head") and self.mesh.size == 1:
-            options["xla_gpu_enable_command_buffer"] = ",".join(IN_GRAPHS)
-        if self.mesh.is_multi_process:  # one that finds the program in its cache would keep others waiting
-            options["xla_gpu_shard_autotuning"] = False
-        return options
 
     def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, peers, packed):
         """`bucket.steps` new tokens for each row [rows, steps], head and sampler included."""
@@ -520,12 +486,9 @@ class Runner:
             case "pool":
                 return leaves, hidden(key[0].tokens), ints(key[0].tokens)
             case "write_slots":
-                size = self.shards * SLOT_BATCH
-                tables = np.zeros((len(self.groups), size, slots.tables.shape[2]), np.int32)
-                fields = np.zeros((size, len(SLOT_INTS)), np.int32), np.zeros((size, len(SLOT_FLOATS)), np.float32)
-                return *slots[1:], ints(SLOT_BATCH), tables, *fields
+                write = SlotWrite(0, (0,) * len(SLOT_INTS), (0,) * len(SLOT_FLOATS), ())
+                return *slots[1:], *next(self._packed_slots([write]))
             case "write_rules":
-                ids, values = np.zeros(MAX_LOGIT_BIAS, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
-                return rules, ints(3), np.zeros(self.max_model_len + 1, np.int32), mask, ids, values
+                return rules, *self._packed_rules(LogitWrite(0, np.zeros(0, np.int32), 0, mask, {}))
             case _:
                 return rules.mask, ints(1), mask
