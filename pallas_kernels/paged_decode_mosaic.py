@@ -6,7 +6,8 @@ The keys of all rows and KV heads are dealt out evenly to streams (`paged_decode
 program on each multiprocessor. So a stream reads as much as any other, however unlike the rows are. It is two
 warpgroups: the producer copies tile after tile of K and V to shared memory, far ahead, and the consumer attends. What a
 stream has of an item (a row and KV head) is a segment; where that is not all of the item, its result is partial, and
-XLA puts the parts together afterwards (30 us).
+XLA puts the parts together afterwards (30 us). The consumer widens floats of 8 bits to float16, a tile of V
+while it multiplies by K, the next of K while by V.
 """
 
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ There is a program for each multiprocessor, of three warpgroups of 128 threads, 
 An item is two units: 64 query tokens of a head each, of the same block and KV head. The third warpgroup, the producer,
 copies queries and then tile after tile of K and V to shared memory. The other two, the consumers, share these tiles and
 have a unit each; while one is in its softmax, the other has the tensor cores (Shah et al. 2024, FlashAttention-3).
+Floats of 8 bits are copied as they are, and the producer widens them to float16 where the consumers read them.
 """
 
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def paged_extend_mosaic(
     copies = tuning.block_kv // min(page_size, tuning.block_kv)  # of a tile
     loaded = plgpu.Barrier(num_arrivals=copies if float8 is None else 1, num_barriers=tuning.stages)
     released = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tuning.stages)
-    narrow_scratch = []
+    narrow_scratch: list[Any] = []
     if float8 is not None:
         narrow_scratch = [plgpu.SMEM((2, tuning.block_kv, dim), k_pages.dtype),
                           plgpu.Barrier(num_arrivals=copies, num_barriers=2)]  # fmt: skip
@@ -291,11 +292,11 @@ def _produce(refs: Refs, settings: Settings) -> None:
             plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(i * rows, rows)], loaded)
 
     def copy_item(item: Item, first, buffer, reused):
-        narrow = [(refs.narrow_smem.at[i], refs.narrow_loaded.at[i]) for i in range(2)] if settings.float8 else []
+        narrow = settings.float8 is not None
         if narrow:
             places = find_tile(item, 0)
-            copy_tile(refs.k, places, *narrow[0])
-            copy_tile(refs.v, places, *narrow[1])
+            for i, pool in enumerate((refs.k, refs.v)):
+                copy_tile(pool, places, refs.narrow_smem.at[i], refs.narrow_loaded.at[i])
         pl.when(reused)(lambda: plgpu.barrier_wait(refs.q_released.at[buffer]))
         copy_queries(item, buffer)
 
@@ -303,15 +304,14 @@ def _produce(refs: Refs, settings: Settings) -> None:
         def _(step):
             slot = tile.rem(first + step, stages)
             places = find_tile(item, step + 1 if narrow else step)
-            for i, (pool, smem, loaded, released) in enumerate((
-                (refs.k, refs.k_smem, refs.k_loaded, refs.k_released),
-                (refs.v, refs.v_smem, refs.v_loaded, refs.v_released),
-            )):
+            of_k = refs.k, refs.k_smem, refs.k_loaded, refs.k_released
+            of_v = refs.v, refs.v_smem, refs.v_loaded, refs.v_released
+            for i, (pool, smem, loaded, released) in enumerate((of_k, of_v)):
                 pl.when(first + step >= stages)(partial(plgpu.barrier_wait, released.at[slot]))
                 if not narrow:
                     copy_tile(pool, places, smem.at[slot], loaded.at[slot])
                     continue
-                source, copied = narrow[i]
+                source, copied = refs.narrow_smem.at[i], refs.narrow_loaded.at[i]
                 plgpu.barrier_wait(copied)
                 mosaic_tile.widen(source, smem.at[slot], settings.float8)
                 plgpu.barrier_arrive(loaded.at[slot])

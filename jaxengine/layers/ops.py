@@ -99,8 +99,8 @@ def check(
     for kernel, q in ((paged_decode_mosaic, (1, 1, *heads)), (paged_extend_mosaic, (tokens, *heads))):
         if not kernel.supports(jax.ShapeDtypeStruct(q, dtype), pool, pool, scale):
             raise ConfigError(
-                f"{asked} takes dtype bfloat16 or float16, kv_cache_dtype the same or of 8 bits, heads of 64, 128 or 256, "
-                "57 or fewer a KV head, 64 batched tokens at least and positive attention scales, not "
+                f"{asked} takes dtype bfloat16 or float16, kv_cache_dtype the same or of 8 bits, heads of 64, 128 or "
+                "256, 57 or fewer a KV head, 64 batched tokens at least and positive attention scales, not "
                 f"{dtype=} {kv_cache_dtype=} {model.num_heads=} {model.num_kv_heads=} {model.head_dim=} "
                 f"max_num_batched_tokens={tokens} {scale=}; use 'triton'"
             )
