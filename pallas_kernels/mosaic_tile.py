@@ -26,7 +26,8 @@ def supports(q, k_pages, v_pages, scale: float) -> bool:
     page_size, dim = k_pages.shape[2:]
     return (
         q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.dtype == k_pages.dtype == v_pages.dtype
+        and k_pages.dtype == v_pages.dtype
+        and k_pages.dtype in (q.dtype, *tile.FLOAT8)
         and dim in (64, 128, 256)
         and page_size >= 8
         and not page_size & (page_size - 1)
@@ -49,6 +50,26 @@ def swizzle(dtype) -> tuple:
 def swizzled(shape: tuple[int, ...], dtype) -> Any:
     """Shared memory for it."""
     return plgpu.SMEM(shape, dtype, transforms=swizzle(dtype))
+
+
+def of_products(q, k_pages) -> Any:
+    """The dtype in which products are computed, of float32 sums: for floats of 8 bits see `paged_tile.in_float16`."""
+    return jnp.dtype(jnp.float16 if k_pages.dtype in tile.FLOAT8 else q.dtype)
+
+
+def widen(narrow, wide, dtype) -> None:
+    """wide [block_kv, D], swizzled, = narrow in plain order: floats of 8 bits of this dtype, or their bytes."""
+    rows, dim = narrow.shape
+    columns = min(dim, 128)
+    in_warp = 256 // columns  # rows: a thread has 8 values of one, and the banks of shared memory do not conflict
+    tiling = plgpu.Tiling(((4 * in_warp, columns), (in_warp, columns), (8,)))
+    layout = plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    for row in range(0, rows, ROWS):
+        for column in range(0, dim, columns):
+            part = pl.ds(row, ROWS), pl.ds(column, columns)
+            values = jax.lax.bitcast_convert_type(plgpu.load(narrow.at[part], layout=layout), dtype)
+            wide[part] = values.astype(wide.dtype)
+    plgpu.commit_smem()
 
 
 def multiprocessors() -> int:

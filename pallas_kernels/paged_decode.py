@@ -246,7 +246,7 @@ def _kernel(
         mask = real[:, None] & (d < dim)[None, :]
         q = plt.load(q_ref.at[(row, *index)], mask=mask, other=0)
         if q.dtype == jnp.bfloat16 and k_ref.dtype.itemsize == 1:
-            q = triton_tile.in_float16(q)
+            q = tile.in_float16(q)
 
         length, parts = lengths_ref[row], row_parts_ref[row]
         position = length - queries + query

@@ -6,7 +6,8 @@ The keys of all rows and KV heads are dealt out evenly to streams (`paged_decode
 program on each multiprocessor. So a stream reads as much as any other, however unlike the rows are. It is two
 warpgroups: the producer copies tile after tile of K and V to shared memory, far ahead, and the consumer attends. What a
 stream has of an item (a row and KV head) is a segment; where that is not all of the item, its result is partial, and
-XLA puts the parts together afterwards (30 us).
+XLA puts the parts together afterwards (30 us). The consumer widens floats of 8 bits to float16, a tile of V
+while it multiplies by K, the next of K while by V.
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class TuningConfig:
     block_kv: int  # keys in a tile
     stages: int  # tiles of K and of V in shared memory, for each stream
     consumers: int  # streams of a program, one or two
+    as_bytes: bool = False  # how the kernel gets pools of 8 bits: as XLA has them, or a view would be a copy
 
     def __post_init__(self) -> None:
         tile.check_tuning({"block_kv": self.block_kv}, {"stages": self.stages, "consumers": self.consumers})
@@ -61,6 +63,7 @@ class Settings(NamedTuple):
     scale: float
     window: int | None
     softcap: float | None
+    float8: Any  # the dtype of pools of 8 bits, else None
     simulated: bool
 
 
@@ -95,7 +98,11 @@ def paged_decode_mosaic(
     ValueError for what `supports` does not take. Interpret mode also checks for races, and is slow.
     """
     mosaic_tile.check_supported(supports(q, k_pages, v_pages, scale), q, k_pages, scale)
-    (pages, kv_heads, page_size, dim), dtype = k_pages.shape, q.dtype
+    (pages, kv_heads, page_size, dim), dtype, out_dtype = k_pages.shape, mosaic_tile.of_products(q, k_pages), q.dtype
+    float8 = k_pages.dtype if k_pages.dtype in tile.FLOAT8 else None
+    if tuning.as_bytes:
+        k_pages, v_pages = tile.kept(k_pages), tile.kept(v_pages)
+    q = q if dtype == q.dtype else tile.in_float16(q)
     rows, queries, heads, _ = q.shape
     group, consumers, stages = heads // kv_heads, tuning.consumers, tuning.stages
     of_item, programs = queries * group, mosaic_tile.multiprocessors()
@@ -104,7 +111,7 @@ def paged_decode_mosaic(
     if window is not None:
         keys = min(keys, window + queries - 1 + page_size)
     cut = keys > MIN_CUT
-    settings = Settings(queries, group, kv_heads, consumers, streams, cut, scale, window, softcap, interpret)
+    settings = Settings(queries, group, kv_heads, consumers, streams, cut, scale, window, softcap, float8, interpret)
     unit = min(page_size, tuning.block_kv)
     page_table = jnp.pad(page_table, ((0, 0), (0, max(IDS - page_table.shape[1], -page_table.shape[1] % 4))))
     work = deal(lengths, units(lengths, queries, page_size, window, unit)[1], kv_heads, streams, cut)
@@ -117,10 +124,13 @@ def paged_decode_mosaic(
         sinks = jnp.pad(sinks.ravel(), (ALIGN, ROWS))
     columns, swizzled = SWIZZLE // dtype.itemsize, partial(mosaic_tile.swizzled, dtype=dtype)
     kv = swizzled((consumers, stages, tuning.block_kv, dim))
+    wide: Any = []
+    if float8 is not None:
+        kv, wide = plgpu.SMEM(kv.shape, k_pages.dtype), [swizzled((consumers, tuning.block_kv, dim))] * 2
     copies = tuning.block_kv // unit  # of a tile
     loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=consumers * stages)
     released = plgpu.Barrier(num_barriers=consumers * stages)
-    out_type = [jax.ShapeDtypeStruct(q.shape, dtype)]
+    out_type = [jax.ShapeDtypeStruct(q.shape, out_dtype)]
     if cut:
         out_type += [jax.ShapeDtypeStruct((2 * streams, of_item, dim), jnp.float32),
                      jax.ShapeDtypeStruct((2 * streams, ROWS), jnp.float32)]  # fmt: skip
@@ -130,7 +140,8 @@ def paged_decode_mosaic(
         scratch_types=[
             swizzled((consumers, 2, ROWS, dim)),
             plgpu.RefUnion(
-                plgpu.SMEM((consumers, ROWS, columns), dtype), plgpu.SMEM((consumers, ROWS, columns // 2), jnp.float32)
+                plgpu.SMEM((consumers, ROWS, columns), out_dtype),
+                plgpu.SMEM((consumers, ROWS, columns // 2), jnp.float32),
             ),
             plgpu.SMEM((consumers, ROWS), jnp.float32),
             plgpu.SMEM((consumers, 2, IDS), jnp.int32),
@@ -142,6 +153,7 @@ def paged_decode_mosaic(
             loaded,
             released,
             released,
+            *wide,
         ],
         grid=(programs,),
         grid_names=("program",),
@@ -187,6 +199,9 @@ class Refs(NamedTuple):
     v_loaded: Any
     k_released: Any
     v_released: Any
+    # In shared memory, where K and V are floats of 8 bits: what the tensor cores read, for each consumer.
+    k_wide: Any = None  # [block_kv, D]
+    v_wide: Any = None
 
 
 class Segment(NamedTuple):
@@ -412,19 +427,41 @@ def _attend(
     scale, window, softcap = settings.scale, settings.window, settings.softcap
     factor = mosaic_tile.in_powers_of_two(scale, softcap)
     iota = partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, block_kv), layout=plgpu.Layout.WGMMA)
+    narrow = settings.float8 is not None
+
+    def widen(narrow, wide, loaded, released, step):
+        """Has the tile ready for the tensor cores, and the place of its bytes free for the next."""
+        slot = tile.rem(first + step, stages)
+        barrier = worker * stages + slot
+        plgpu.barrier_wait(loaded.at[barrier])
+        mosaic_tile.widen(narrow.at[worker, slot], wide.at[worker], settings.float8)
+        plgpu.barrier_arrive(released.at[barrier])
+
+    widen_keys = partial(widen, refs.k_smem, refs.k_wide, refs.k_loaded, refs.k_released)
+    widen_values = partial(widen, refs.v_smem, refs.v_wide, refs.v_loaded, refs.v_released)
 
     def body(step, carry):
         slot = tile.rem(first + step, stages)
         barrier = worker * stages + slot
         key = segment.key_start + step * block_kv
+        keys = refs.k_wide.at[worker] if narrow else refs.k_smem.at[worker, slot]
+        values = refs.v_wide.at[worker] if narrow else refs.v_smem.at[worker, slot]
 
         def multiply_keys(accumulator):
-            plgpu.wgmma(accumulator, queries, refs.k_smem.at[worker, slot].transpose((1, 0)))
+            plgpu.wgmma(accumulator, queries, keys.transpose((1, 0)))
+            if narrow:
+                widen_values(step)
             return accumulator[...]
 
-        plgpu.barrier_wait(refs.k_loaded.at[barrier])
+        def widen_next_keys():
+            if narrow:
+                pl.when(step + 1 < segment.steps)(partial(widen_keys, step + 1))
+
+        if not narrow:
+            plgpu.barrier_wait(refs.k_loaded.at[barrier])
         scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, block_kv), jnp.float32))
-        plgpu.barrier_arrive(refs.k_released.at[barrier])
+        if not narrow:
+            plgpu.barrier_arrive(refs.k_released.at[barrier])
         scores = mosaic_tile.capped(scores, scale, softcap)
         seen = iota(1) < segment.key_end - key
         if settings.queries > 1 or window is not None:
@@ -434,12 +471,13 @@ def _attend(
             if window is not None:
                 seen &= ahead > -window
         (out, top, total), weight = mosaic_tile.weigh(carry, jnp.where(seen, scores, -jnp.inf), factor)
-        weight = weight.astype(refs.q.dtype)
-        plgpu.barrier_wait(refs.v_loaded.at[barrier])
-        values = refs.v_smem.at[worker, slot]
+        weight = weight.astype(queries.dtype)
+        if not narrow:
+            plgpu.barrier_wait(refs.v_loaded.at[barrier])
         mosaic_tile.clear_beyond(values, segment.length - key, True)
-        out = mosaic_tile.add_values(out, weight, values, settings.simulated)
-        plgpu.barrier_arrive(refs.v_released.at[barrier])
+        out = mosaic_tile.add_values(out, weight, values, settings.simulated, widen_next_keys)
+        if not narrow:
+            plgpu.barrier_arrive(refs.v_released.at[barrier])
         return out, top, total
 
     sinks = None
@@ -447,4 +485,6 @@ def _attend(
         place = ALIGN + segment.kv_head * (settings.queries * settings.group) - offset
         sinks = plgpu.load(refs.sinks.at[pl.ds(place, ROWS)], layout=mosaic_tile.BY_ROW, optimized=False)
         sinks += jnp.where(segment.begins, 0, tile.HIDDEN)
+    if narrow:
+        widen_keys(0)
     return jax.lax.fori_loop(0, segment.steps, body, mosaic_tile.start(dim, sinks))

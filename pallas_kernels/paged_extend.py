@@ -3,7 +3,8 @@
 The host cuts each row's new tokens into blocks of `block_q` and lists them, so that every program knows its row without
 a search. There are two kernels. This one, through Triton, takes everything: a program holds a tile of (query token,
 head) pairs that share a KV head. `paged_extend_mosaic` is about twice as fast, on Hopper only, and takes what most
-models have: bfloat16 or float16, head_dim 64, 128 or 256, pages of a power of two. `_choose` decides between them.
+models have: bfloat16 or float16, pools of the same or of 8 bits, head_dim 64, 128 or 256, pages of a power of two.
+`_choose` decides between them.
 """
 
 from dataclasses import dataclass

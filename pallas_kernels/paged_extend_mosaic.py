@@ -4,6 +4,7 @@ There is a program for each multiprocessor, of three warpgroups of 128 threads, 
 An item is two units: 64 query tokens of a head each, of the same block and KV head. The third warpgroup, the producer,
 copies queries and then tile after tile of K and V to shared memory. The other two, the consumers, share these tiles and
 have a unit each; while one is in its softmax, the other has the tensor cores (Shah et al. 2024, FlashAttention-3).
+Floats of 8 bits are copied as they are, and the producer widens them to float16 where the consumers read them.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pallas_kernels.mosaic_tile import COPY_LAYOUT, ROWS, SWIZZLE
 
 CONSUMERS = 2
 # A multiprocessor has 512 registers for a thread of each warpgroup together; copying needs few.
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40
+REGISTERS, REGISTERS_FLOAT8 = (232, 40), (224, 56)  # of a consumer and of the producer
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TuningConfig:
     block_kv: int  # keys in a tile
     stages: int  # tiles of K and of V in shared memory
     q_buffers: int = 2  # items whose queries are in shared memory
+    as_bytes: bool = False  # how the kernel gets pools of 8 bits: as XLA has them, or a view would be a copy
 
     def __post_init__(self) -> None:
         tile.check_tuning({"block_kv": self.block_kv}, {"stages": self.stages, "q_buffers": self.q_buffers})
@@ -41,7 +43,10 @@ class TuningConfig:
     @classmethod
     def from_shapes(cls, q, k_pages) -> "TuningConfig":
         """The choice for these arrays (or anything with their shapes and dtypes): what fits in shared memory."""
-        return cls(block_kv=128, stages=2) if q.shape[2] <= 128 else cls(block_kv=64, stages=2, q_buffers=1)
+        dim, narrow = q.shape[2], k_pages.dtype in tile.FLOAT8
+        if dim > 128:
+            return cls(block_kv=64, stages=1 if narrow else 2, q_buffers=1)
+        return cls(block_kv=128, stages=2, q_buffers=1 if narrow and dim == 128 else 2)
 
 
 def supports(q, k_pages, v_pages, scale: float) -> bool:
@@ -60,6 +65,7 @@ class Settings(NamedTuple):
     scale: float
     window: int | None
     softcap: float | None
+    float8: Any  # the dtype of pools of 8 bits, else None
     simulated: bool
 
 
@@ -88,16 +94,22 @@ def paged_extend_mosaic(
     ValueError for what `supports` does not take. Interpret mode also checks for races, and is slow.
     """
     mosaic_tile.check_supported(supports(q, k_pages, v_pages, scale), q, k_pages, scale)
-    (pages, kv_heads, page_size, dim), dtype = k_pages.shape, q.dtype
+    (pages, kv_heads, page_size, dim), dtype = k_pages.shape, mosaic_tile.of_products(q, k_pages)
+    float8 = k_pages.dtype if k_pages.dtype in tile.FLOAT8 else None
+    k_pages, v_pages = (tile.kept(pool) if tuning.as_bytes else pool for pool in (k_pages, v_pages))
     units = pl.cdiv(block_q, ROWS) * (q.shape[1] // kv_heads)
     items = len(block_row) * kv_heads * pl.cdiv(units, CONSUMERS)
     programs = min(items, mosaic_tile.multiprocessors())
-    settings = Settings(block_q, kv_heads, units, items, programs, scale, window, softcap, interpret)
+    settings = Settings(block_q, kv_heads, units, items, programs, scale, window, softcap, float8, interpret)
     swizzled = partial(mosaic_tile.swizzled, dtype=dtype)
     kv = swizzled((tuning.stages, tuning.block_kv, dim))
     copies = tuning.block_kv // min(page_size, tuning.block_kv)  # of a tile
-    loaded = plgpu.Barrier(num_arrivals=copies, num_barriers=tuning.stages)
+    loaded = plgpu.Barrier(num_arrivals=copies if float8 is None else 1, num_barriers=tuning.stages)
     released = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tuning.stages)
+    narrow_scratch: list[Any] = []
+    if float8 is not None:
+        narrow_scratch = [plgpu.SMEM((2, tuning.block_kv, dim), k_pages.dtype),
+                          plgpu.Barrier(num_arrivals=copies, num_barriers=2)]  # fmt: skip
     out_ref = jax.new_ref(out)  # what is there stays where no block writes
     plgpu.kernel(
         partial(_kernel, settings),
@@ -105,7 +117,7 @@ def paged_extend_mosaic(
             swizzled((tuning.q_buffers, CONSUMERS, ROWS, dim)),
             kv,
             kv,
-            plgpu.SMEM((CONSUMERS, ROWS, SWIZZLE // dtype.itemsize), dtype),
+            plgpu.SMEM((CONSUMERS, ROWS, SWIZZLE // q.dtype.itemsize), q.dtype),
             plgpu.Barrier(num_barriers=tuning.q_buffers),
             loaded,
             loaded,
@@ -113,6 +125,7 @@ def paged_extend_mosaic(
             released,
             released,
             plgpu.Barrier(num_arrivals=CONSUMERS),
+            *narrow_scratch,
         ],
         grid=(programs,),
         grid_names=("program",),
@@ -152,6 +165,9 @@ class Refs(NamedTuple):
     k_released: Any
     v_released: Any
     turn: Any  # one barrier: a consumer has issued its products, the other has its softmax behind it
+    # Where K and V are floats of 8 bits.
+    narrow_smem: Any = None  # [2, block_kv, D]: the next tile of each
+    narrow_loaded: Any = None
 
 
 class Item(NamedTuple):
@@ -236,49 +252,76 @@ def _for_each_item(refs: Refs, settings: Settings, function) -> None:
     jax.lax.fori_loop(0, pl.cdiv(settings.items, settings.programs), body, (jnp.int32(0), jnp.int32(0)))
 
 
+def _registers(settings: Settings) -> tuple[int, int]:
+    return REGISTERS if settings.float8 is None else REGISTERS_FLOAT8
+
+
 def _produce(refs: Refs, settings: Settings) -> None:
-    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+    plgpu.set_max_registers(_registers(settings)[1], action="decrease")
     dim, columns, (stages, block_kv, _) = refs.q.shape[2], refs.rows_smem.shape[2], refs.k_smem.shape
     absent, page_size, _ = refs.k.shape  # a copy from beyond the pool gives zeros
     rows = min(page_size, block_kv)  # of a copy
     layout = COPY_LAYOUT((ROWS, columns), refs.q.dtype)
 
-    def copy_item(item: Item, first, buffer, reused):
-        pl.when(reused)(lambda: plgpu.barrier_wait(refs.q_released.at[buffer]))
+    def copy_queries(item: Item, buffer):
         for consumer in range(CONSUMERS):
             unit = _unit(refs, settings, item, consumer)
             for column in range(0, dim, columns):
                 # Not by TMA, which takes tiles of 8 rows only from a multiple of 8 on.
                 part = refs.q.at[pl.ds(unit.base, ROWS), unit.head, pl.ds(column, columns)]
                 part = plgpu.load(part, layout=layout, optimized=False)
+                part = part if part.dtype == refs.q_smem.dtype else tile.in_float16(part)
                 refs.q_smem[buffer, consumer, :, pl.ds(column, columns)] = part
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.q_loaded.at[buffer])
 
+    def find_tile(item: Item, step):
+        """The page and the offset in it for each copy of the tile."""
+        places = []
+        for i in range(block_kv // rows):
+            key = item.key_start + step * block_kv + i * rows
+            inside = key < item.context + item.end_token
+            page = refs.table[item.row, jnp.where(inside, tile.div(key, page_size), 0)]
+            places.append((jnp.where(inside, page * settings.kv_heads + item.kv_head, absent),
+                           tile.rem(key, page_size)))  # fmt: skip
+        return places
+
+    def copy_tile(pool, places, smem, loaded):
+        for i, (page, offset) in enumerate(places):
+            source = pool.at[page] if rows == page_size else pool.at[page, pl.ds(offset, rows)]
+            plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(i * rows, rows)], loaded)
+
+    def copy_item(item: Item, first, buffer, reused):
+        narrow = settings.float8 is not None
+        if narrow:
+            places = find_tile(item, 0)
+            for i, pool in enumerate((refs.k, refs.v)):
+                copy_tile(pool, places, refs.narrow_smem.at[i], refs.narrow_loaded.at[i])
+        pl.when(reused)(lambda: plgpu.barrier_wait(refs.q_released.at[buffer]))
+        copy_queries(item, buffer)
+
         @pl.loop(0, item.steps)
         def _(step):
             slot = tile.rem(first + step, stages)
-            places = []
-            for i in range(block_kv // rows):
-                key = item.key_start + step * block_kv + i * rows
-                inside = key < item.context + item.end_token
-                page = refs.table[item.row, jnp.where(inside, tile.div(key, page_size), 0)]
-                places.append((jnp.where(inside, page * settings.kv_heads + item.kv_head, absent),
-                               tile.rem(key, page_size)))  # fmt: skip
-            for pool, smem, loaded, released in (
-                (refs.k, refs.k_smem, refs.k_loaded, refs.k_released),
-                (refs.v, refs.v_smem, refs.v_loaded, refs.v_released),
-            ):
+            places = find_tile(item, step + 1 if narrow else step)
+            of_k = refs.k, refs.k_smem, refs.k_loaded, refs.k_released
+            of_v = refs.v, refs.v_smem, refs.v_loaded, refs.v_released
+            for i, (pool, smem, loaded, released) in enumerate((of_k, of_v)):
                 pl.when(first + step >= stages)(partial(plgpu.barrier_wait, released.at[slot]))
-                for i, (page, offset) in enumerate(places):
-                    source = pool.at[page] if rows == page_size else pool.at[page, pl.ds(offset, rows)]
-                    plgpu.copy_gmem_to_smem(source, smem.at[slot, pl.ds(i * rows, rows)], loaded.at[slot])
+                if not narrow:
+                    copy_tile(pool, places, smem.at[slot], loaded.at[slot])
+                    continue
+                source, copied = refs.narrow_smem.at[i], refs.narrow_loaded.at[i]
+                plgpu.barrier_wait(copied)
+                mosaic_tile.widen(source, smem.at[slot], settings.float8)
+                plgpu.barrier_arrive(loaded.at[slot])
+                pl.when(step + 1 < item.steps)(partial(copy_tile, pool, places, source, copied))
 
     _for_each_item(refs, settings, copy_item)
 
 
 def _consume(refs: Refs, settings: Settings, warpgroup: jax.Array) -> None:
-    plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+    plgpu.set_max_registers(_registers(settings)[0], action="increase")
 
     def in_turn(function):
         """The second consumer goes through it a turn behind the first."""
@@ -312,7 +355,7 @@ def _attend(
     refs: Refs, settings: Settings, item: Item, unit: Unit, queries, first: jax.Array, warpgroup: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The unit's weighted values [ROWS, D] and total weights [ROWS]."""
-    (stages, block_kv, dim), page_size, dtype = refs.k_smem.shape, refs.k.shape[1], refs.q.dtype
+    (stages, block_kv, dim), page_size, dtype = refs.k_smem.shape, refs.k.shape[1], refs.k_smem.dtype
     scale, window, softcap = settings.scale, settings.window, settings.softcap
     factor = mosaic_tile.in_powers_of_two(scale, softcap)
     context, key_start, steps = item.context, item.key_start, item.steps
@@ -372,8 +415,8 @@ def _attend(
 
 
 def _store_whole(refs: Refs, unit: Unit, staged, result: jax.Array) -> None:
-    staged[...] = result
-    loaded = plgpu.load(staged, layout=COPY_LAYOUT(result.shape, result.dtype))
+    staged[...] = result.astype(staged.dtype)
+    loaded = plgpu.load(staged, layout=COPY_LAYOUT(result.shape, staged.dtype)).astype(result.dtype)
     refs.out[pl.ds(unit.base, ROWS), unit.head] = loaded
 
 

@@ -57,6 +57,13 @@ def saturated(values: jax.Array, dtype) -> jax.Array:
     return jnp.where(values > most, most, jnp.where(values < -most, -most, values)).astype(dtype)
 
 
+def in_float16(q: jax.Array) -> jax.Array:
+    """Queries for products with floats of 8 bits, which become float16 by one instruction for two of them, and bfloat16
+    by three. float16 holds all but the largest queries and the last bits of the smallest.
+    """
+    return saturated(q.astype(jnp.float32), jnp.float16)
+
+
 def takes_float8(device: jax.Device) -> bool:
     """Whether Triton casts floats of 8 bits there."""
     return tuple(int(part) for part in str(device.compute_capability).split(".")) >= (8, 9)

@@ -29,13 +29,6 @@ def block_kv(head_dim: int, *dtypes) -> int:
     return max(16, min(64, TILE_BYTES // (pl.next_power_of_2(head_dim) * widest)))
 
 
-def in_float16(q: jax.Array) -> jax.Array:
-    """Queries for products with floats of 8 bits, which become float16 by one instruction for two of them, and bfloat16
-    by three. float16 holds all but the largest queries and the last bits of the smallest.
-    """
-    return tile.saturated(q.astype(jnp.float32), jnp.float16)
-
-
 def load_tile(
     k_ref,  # [pages, kv_heads, page_size, head_dim]
     v_ref,

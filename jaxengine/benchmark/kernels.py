@@ -122,7 +122,8 @@ def summarize(device_kind: str, read: float, matmul: float, results: list[Result
     shared = [r | {"share": r["bytes_per_s"] / read if "bytes" in r else r["flops_per_s"] / matmul} for r in results]
     time = {result["op"]: result["us"] for result in results}
     pairs = [(f"{SKEWED}{kernel}", f"{BALANCED}{kernel}") for kernel in ("", " by Mosaic")]
-    pairs += [(f"{BALANCED}, fp8", BALANCED)]
+    pairs += [(f"{BALANCED}, fp8{kernel}", f"{BALANCED}{kernel}") for kernel in ("", " by Mosaic")]
+    pairs += [(f"extend by Mosaic {EXTEND[-2]}, fp8", f"extend by Mosaic {EXTEND[-2]}")]
     pairs += [
         (f"{name} {tokens}", f"cudnn {tokens}")
         for name in ("extend by Triton", "extend by Mosaic")

@@ -73,7 +73,7 @@ class Runner:
         self.config, self.model, self.mesh, self.buckets = config, model, mesh, buckets
         self.groups, self.num_pages, self.cache_dtype = groups, num_pages, cache_dtype
         self.attention = cast(Implementation, attention)
-        self.float8 = cache_dtype if cache_dtype.startswith("float8") and attention in ("reference", "xla") else None
+        self.float8 = cache_dtype if cache_dtype.startswith("float8") and attention != "triton" else None
         self.max_model_len, self.prompt_chunk, self.temporary_bytes = max_model_len, prompt_chunk, temporary_bytes
         self.logprobs_mode = cast(Literal["raw", "processed"], config.logprobs_mode)
         of_layer = {i: g for g, group in enumerate(groups) for i in group.layers}

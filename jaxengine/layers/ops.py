@@ -6,6 +6,7 @@ and all else by XLA, so nothing through Triton, which JAX calls deprecated. In a
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -98,8 +99,8 @@ def check(
     for kernel, q in ((paged_decode_mosaic, (1, 1, *heads)), (paged_extend_mosaic, (tokens, *heads))):
         if not kernel.supports(jax.ShapeDtypeStruct(q, dtype), pool, pool, scale):
             raise ConfigError(
-                f"{asked} takes dtype and kv_cache_dtype bfloat16 or float16, both the same, heads of 64, 128 or 256, "
-                "57 or fewer a KV head, 64 batched tokens at least and positive attention scales, not "
+                f"{asked} takes dtype bfloat16 or float16, kv_cache_dtype the same or of 8 bits, heads of 64, 128 or "
+                "256, 57 or fewer a KV head, 64 batched tokens at least and positive attention scales, not "
                 f"{dtype=} {kv_cache_dtype=} {model.num_heads=} {model.num_kv_heads=} {model.head_dim=} "
                 f"max_num_batched_tokens={tokens} {scale=}; use 'triton'"
             )
@@ -118,7 +119,7 @@ def _unnamed(implementation: Implementation) -> Ops:
 
         def tuned(op, kernel):
             return lambda q, k, *args, **options: op(
-                q, k, *args, **options, tuning=kernel.TuningConfig.from_shapes(q, k)
+                q, k, *args, **options, tuning=replace(kernel.TuningConfig.from_shapes(q, k), as_bytes=True)
             )
 
         return xla._replace(

@@ -89,7 +89,7 @@ ROPE += [
     for choice in pairwise({name: FLOAT8[name] for name in ("cache", "dtype", "head_dim", "group")})
 ]
 HOPPER = on_mosaic_card()
-BY_MOSAIC = [c for c in EXTEND if c.dtype != "float32" and c.cache is None and c.head_dim in (64, 128, 256)]
+BY_MOSAIC = [c for c in EXTEND if c.dtype != "float32" and c.head_dim in (64, 128, 256)]
 OPS = {"paged_decode": DECODE, "paged_extend": EXTEND, "paged_extend by Mosaic": BY_MOSAIC if HOPPER else []}
 OPS |= {"kv_write": WRITE, "rope_write": ROPE, "add_rms_norm": [case for case in WRITE if case.cache is None]}
 ACTIVATED = [(name, dtype) for name in ACTIVATIONS if ACTIVATIONS[name] is not ERF for dtype in ("bfloat16", "float32")]

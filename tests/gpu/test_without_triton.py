@@ -46,8 +46,15 @@ ALL = FEW | {
 LONG_AMONG_SHORT = Case(
     head_dim=128, group=4, kv_heads=8, dtype="bfloat16", lengths=(30, 0, *[700] * 60, 9000, 700)
 )  # fmt: skip
+FLOAT8 = [
+    Case(head_dim=128, group=4, kv_heads=8, dtype="bfloat16", cache="float8_e4m3fn", lengths=LENGTHS[0]),
+    Case(head_dim=64, group=7, page_size=8, queries=3, window=100, dtype="float16", cache="float8_e5m2",
+         lengths=LENGTHS[2]),
+    Case(head_dim=256, page_size=128, sinks=True, softcap=3.0, dtype="bfloat16", cache="float8_e5m2",
+         lengths=LENGTHS[1]),
+]  # fmt: skip
 SOME = pairwise(FEW, seed=2)
-CASES = [LONG_AMONG_SHORT, *(Case(**choice) for choice in SOME[::2])]
+CASES = [LONG_AMONG_SHORT, *FLOAT8, *(Case(**choice) for choice in SOME[::2])]
 CASES += [pytest.param(Case(**choice), marks=pytest.mark.full) for choice in SOME[1::2] + pairwise(ALL, seed=2)]
 
 
@@ -76,15 +83,20 @@ def test_decode_by_mosaic_keeps_its_result_under_any_tuning(tuning):
     check_decode(case, TuningConfig(*tuning))
 
 
-def test_the_engine_by_mosaic_rounds_as_others_do(shipped_model):
+@pytest.mark.parametrize(
+    "cache, most_error, most_behind",
+    [("auto", 1.6e-2, 5e-4), pytest.param("fp8", 5.6e-2, 2e-3, marks=pytest.mark.full)],
+)
+def test_the_engine_by_mosaic_rounds_as_others_do(cache, most_error, most_behind, shipped_model):
     """In bfloat16, by what float32 says: log-probabilities of prompts, and how far from the best drawn tokens are."""
+    sizes = SMALL | {"kv_cache_dtype": cache}
     params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
-    with LLM(shipped_model, dtype="bfloat16", attention="mosaic", **SMALL) as llm:
+    with LLM(shipped_model, dtype="bfloat16", attention="mosaic", **sizes) as llm:
         asked = [ids for ids in prompts(llm) if len(ids) > 1]
         drawn = [[*output.outputs[0].token_ids] for output in llm.generate(asked, params, use_tqdm=False)]
         found = np.concatenate(llm.logprobs(asked))
     params = SamplingParams(max_tokens=0, prompt_logprobs=1)
-    with LLM(shipped_model, dtype="float32", attention="reference", **SMALL) as llm:
+    with LLM(shipped_model, dtype="float32", attention="reference", **sizes) as llm:
         exact = np.concatenate(llm.logprobs(asked))
         outputs = llm.generate([ids + more for ids, more in zip(asked, drawn)], params, use_tqdm=False)
     of_all = [output.prompt_logprobs for output in outputs]
@@ -92,13 +104,14 @@ def test_the_engine_by_mosaic_rounds_as_others_do(shipped_model):
     error = np.abs(found - exact)
     print(f"bfloat16 by Mosaic: mean error {error.mean():.1e}; drawn tokens {behind.mean():.1e} behind the best")
     assert len(error) > 1000 and len(behind) > 1000
-    assert 1e-4 < error.mean() <= 1.6e-2  # the reference's is 1.4e-2
-    assert behind.mean() <= 5e-4  # 1e-4
+    assert 1e-4 < error.mean() <= most_error  # XLA's on a CPU are 1.4e-2 and 4.9e-2,
+    assert behind.mean() <= most_behind  # and 4e-5 and 9e-4
 
 
-def test_programs_of_mosaic_keep_to_the_planned_memory_and_copy_no_pool(shipped_model):
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_programs_of_mosaic_keep_to_the_planned_memory_and_copy_no_pool(cache, shipped_model):
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "steps_per_call": 4, "warmup": True}
-    with LLM(shipped_model, attention="mosaic", **(SMALL | limits)) as llm:
+    with LLM(shipped_model, attention="mosaic", kv_cache_dtype=cache, **(SMALL | limits)) as llm:
         check_memory(llm._runner)
         check_no_pool_copies(llm._runner)
         keys = dict(llm._runner._all_keys())

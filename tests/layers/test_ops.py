@@ -20,12 +20,14 @@ B200 = SimpleNamespace(platform="gpu", compute_capability="10.0", device_kind="N
 SIZES = {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16", "page_size": 16, "tokens": 64}
 
 
-@pytest.mark.parametrize("attention", ["mosaic", "triton"])
+@pytest.mark.parametrize(
+    "attention, cache", [("mosaic", "auto"), ("triton", "auto"), ("mosaic", "fp8"), ("mosaic", "fp8_e5m2")]
+)
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-def test_mosaic_lowers_for_cuda_without_triton(attention, shipped_model):
+def test_mosaic_lowers_for_cuda_without_triton(attention, cache, shipped_model):
     """The whole steps of decoding and of prompts, of the shipped model."""
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 2**24}
-    with LLM(shipped_model, dtype="bfloat16", **sizes) as llm:
+    with LLM(shipped_model, dtype="bfloat16", kv_cache_dtype=cache, **sizes) as llm:
         runner = llm._runner
         runner.attention, keys = attention, dict(runner._all_keys())
         for name, calls in {"decode": 1, "mixed": 2}.items():
@@ -50,7 +52,7 @@ def test_mosaic_lowers_for_cuda_without_triton(attention, shipped_model):
         ("mosaic", H200, {"attention_scales": (0.1, -0.1)}, {}, "scale=-0.1; use 'triton'"),
         ("mosaic", H200, {}, {"dtype": "float32"}, "not dtype='float32' .*; use 'triton'"),
         ("mosaic", H200, {}, {"kv_cache_dtype": "float16"}, "kv_cache_dtype='float16' .*; use 'triton'"),
-        ("mosaic", H200, {}, {"kv_cache_dtype": "float8_e4m3fn"}, "kv_cache_dtype='float8_e4m3fn' .*; use 'triton'"),
+        ("mosaic", H200, {}, {"kv_cache_dtype": "float8_e4m3fn"}, None),
         ("triton", H200, {}, {"kv_cache_dtype": "float8_e5m2"}, None),
         ("triton", L40, {}, {"kv_cache_dtype": "float8_e4m3fn"}, None),
         ("triton", A100, {}, {}, None),

@@ -50,6 +50,9 @@ MOSAIC_DECODE = [
     Case(head_dim=64, group=3, kv_heads=1, queries=2, dtype="float16", window=70, softcap=3.0, page_size=128,
          lengths=(250, 30, 0)),
     Case(head_dim=64, group=3, queries=3, dtype="bfloat16", sinks=True, lengths=(0, 1, 70, 300)),
+    Case(head_dim=64, group=4, kv_heads=1, dtype="bfloat16", cache="float8_e4m3fn", lengths=(0, 1, 70, 300)),
+    Case(head_dim=64, group=3, queries=2, dtype="float16", cache="float8_e5m2", window=70, page_size=128,
+         lengths=(250, 30, 0)),
 ]  # fmt: skip
 # Two rows, ends within a page and within 64 tokens; a group that leaves a warpgroup without work; blocks of two tiles.
 MOSAIC = [
@@ -57,6 +60,10 @@ MOSAIC = [
     Case(head_dim=64, group=3, kv_heads=1, dtype="float16", window=70, softcap=3.0, page_size=8, block_q=128,
          lengths=(250, 30), new_tokens=(130, 30)),
     Case(head_dim=64, group=3, dtype="bfloat16", sinks=True, block_q=64, lengths=(70, 40), new_tokens=(61, 40)),
+    Case(head_dim=64, group=1, dtype="bfloat16", cache="float8_e4m3fn", block_q=64, lengths=(300, 40),
+         new_tokens=(61, 40)),
+    Case(head_dim=64, group=2, kv_heads=1, dtype="float16", cache="float8_e5m2", window=70, page_size=8, block_q=128,
+         lengths=(250, 30), new_tokens=(130, 30)),
 ]  # fmt: skip
 
 
@@ -88,7 +95,8 @@ def test_paged_decode_by_mosaic(case, consumers, monkeypatch):
     if consumers > 1:  # the check takes the places of two consumers in a RefUnion for one
         unchecked = plgpu.InterpretGPUParams(detect_races=False)
         monkeypatch.setattr(plgpu, "InterpretGPUParams", lambda **_: unchecked)
-    args, tuning = decode_inputs(case), decode_mosaic.TuningConfig(block_kv=64, stages=2, consumers=consumers)
+    as_bytes = case.cache == "float8_e5m2"
+    args, tuning = decode_inputs(case), decode_mosaic.TuningConfig(64, 2, consumers, as_bytes)
     out = kernels.paged_decode(*args, **case.options, tuning=tuning, interpret=True)
     assert relative_error(out, kernels.paged_decode_reference(*args, **case.options)) < LIMIT[case.dtype]
     assert not np.asarray(out)[np.array(case.lengths) == 0].any()
@@ -127,7 +135,8 @@ def test_paged_extend(case, **tuning):
 def test_paged_extend_by_mosaic(case, q_buffers, monkeypatch):
     """With a check for races between the warpgroups and the copies; both programs have several items of work."""
     monkeypatch.setattr(mosaic_tile, "multiprocessors", lambda: 2)
-    test_paged_extend(case, tuning=mosaic.TuningConfig(block_kv=64, stages=2, q_buffers=q_buffers))
+    options = {"stages": 1 if case.cache else 2, "as_bytes": case.cache == "float8_e5m2"}
+    test_paged_extend(case, tuning=mosaic.TuningConfig(block_kv=64, q_buffers=q_buffers, **options))
 
 
 @pytest.mark.parametrize(
