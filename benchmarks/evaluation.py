@@ -62,7 +62,7 @@ def generate(llm: Any, shape: Any, count: int) -> dict[str, Any]:
     compiled = llm._runner.compilations.total - compiled
     metrics = [output.metrics for output in outputs]
     stepping = max(m.last_token_time for m in metrics) - min(m.scheduled_time for m in metrics)
-    busy = queued_seconds(llm._runner, run.steps, samples=3) / stepping
+    busy = queued_seconds(llm._runner, run.steps, samples=2) / stepping
     return {"prompts": count, "in_tokens": sum(map(len, prompts)), "out_tokens": sum(lengths), "seconds": seconds,
             "steps": len(run.steps), "late": run.late, "compilations": compiled, "busy": busy,
             "host_bytes_grown": grown}  # fmt: skip

@@ -42,16 +42,17 @@ def recorded(runner: Any) -> Iterator[Recording]:
 def queued_seconds(runner: Any, steps: list[StepInputs], samples: int = 6, repeats: int = 100) -> float:
     """What these steps take together when the host is far ahead.
 
-    Of each program some steps, evenly spaced, are timed by queueing the same inputs `repeats` times, or as often as
-    fits in a second; those between are interpolated, as their contexts lie between. Overwrites the cache's content:
-    nobody may wait for tokens.
+    Of each program some steps, in the middle of equal parts of the run, are timed by queueing the same inputs
+    `repeats` times, or as often as fits in a second; those between are interpolated, as their contexts lie between.
+    Overwrites the cache's content: nobody may wait for tokens.
     """
     of_program: dict[tuple, list[int]] = defaultdict(list)
     for i, inputs in enumerate(steps):
         of_program[inputs.kind, inputs.bucket, inputs.head_bucket, inputs.mode].append(i)
     total = 0.0
     for places in of_program.values():
-        sampled = [places[round(at)] for at in np.linspace(0, len(places) - 1, min(samples, len(places)))]
+        parts = min(samples, len(places))
+        sampled = [places[round((part + 0.5) / parts * len(places) - 0.5)] for part in range(parts)]
         seconds = [_queued(runner, steps[i], repeats) for i in sampled]
         total += float(np.interp(places, sampled, seconds).sum())
     return total

@@ -27,6 +27,6 @@ def test_every_step_is_recorded_and_timed_by_interpolation(monkeypatch):
             idle, "_queued", lambda _, inputs, n: timed.append(places[id(inputs)]) or places[id(inputs)]
         )
         assert idle.queued_seconds(llm._runner, steps, samples=3) == pytest.approx(sum(range(12)))
-        assert timed == [0, 1, 6, 11]
+        assert timed == [0, 2, 6, 10]
         again = [output.outputs[0].token_ids for output in llm.generate([[5, 6, 7]] * 3, params, use_tqdm=False)]
         assert again == expected
