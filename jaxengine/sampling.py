@@ -210,8 +210,9 @@ def _limit(distance: jax.Array, fields: SamplingFields, axis: Axis | None) -> ja
     limit = -jnp.log(fields.min_p)
 
     def within_top_k() -> jax.Array:
-        def holds(t):
-            return total(jnp.sum(distance <= t[:, None], axis=-1, dtype=jnp.int32), axis) >= fields.top_k
+        def holds(limits):
+            counts = [jnp.sum(distance <= t[:, None], axis=-1, dtype=jnp.int32) for t in limits]
+            return total(jnp.stack(counts), axis) >= fields.top_k
 
         return jnp.where(by_k, _smallest(holds, rows), jnp.inf)
 
@@ -219,8 +220,9 @@ def _limit(distance: jax.Array, fields: SamplingFields, axis: Axis | None) -> ja
         weight = jnp.where(distance <= limit[:, None], jnp.exp(-distance), 0.0)
         needed = fields.top_p * total(jnp.sum(weight, axis=-1), axis)
 
-        def holds(t):
-            return total(jnp.sum(jnp.where(distance <= t[:, None], weight, 0.0), axis=-1), axis) >= needed
+        def holds(limits):
+            weights = [jnp.sum(jnp.where(distance <= t[:, None], weight, 0.0), axis=-1) for t in limits]
+            return total(jnp.stack(weights), axis) >= needed
 
         return jnp.where(by_p, jnp.minimum(limit, _smallest(holds, rows)), limit)
 
@@ -232,27 +234,27 @@ def _limit(distance: jax.Array, fields: SamplingFields, axis: Axis | None) -> ja
 def _smallest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
     """float32 [rows]: per row the smallest t >= 0 for which `holds(t)`, infinity if there is none.
 
-    `holds` maps float32 [rows] to bool [rows] and turns from False to True once as t grows. A GPU reads what it looks
-    at once for several t, a CPU once for each.
+    `holds` maps float32 [n, rows] to bool [n, rows] and turns from False to True once as t grows. A GPU reads the
+    tokens once for several t, a CPU once for each.
     """
-    halves, eighths = partial(_narrow, holds, rows, 1), partial(_narrow, holds, rows, 3)
+    halves, eighths = partial(_narrow, holds, rows, 2), partial(_narrow, holds, rows, 8)
     return jax.lax.platform_dependent(cpu=halves, default=eighths)
 
 
-def _narrow(holds: Callable[[jax.Array], jax.Array], rows: int, bits: int) -> jax.Array:
-    """See `_smallest`: an interval of floats, numbered by their bits, is cut into 2**bits parts until it has one."""
-    parts = 2**bits
+def _narrow(holds: Callable[[jax.Array], jax.Array], rows: int, parts: int) -> jax.Array:
+    """See `_smallest`: an interval of floats, numbered by their bits, is cut into so many parts, until it has one."""
 
     def cut(_, interval):
         low, high = interval  # holds(low) is False, or low is -1; holds(high) is True, or high is infinity
         step = (high - low + parts - 1) // parts
-        true = [holds(jax.lax.bitcast_convert_type(low + i * step, jnp.float32)) | (low + i * step >= high)
-                for i in range(1, parts)]  # fmt: skip
-        low += step * jnp.sum(~jnp.stack(true), axis=0, dtype=jnp.int32)
+        ends = low + step * jnp.arange(1, parts, dtype=jnp.int32)[:, None]
+        true = holds(jax.lax.bitcast_convert_type(ends, jnp.float32)) | (ends >= high)
+        low = low + step * jnp.sum(~true, axis=0, dtype=jnp.int32)
         return low, jnp.minimum(low + step, high)
 
     start = (jnp.full(rows, -1, jnp.int32), jnp.full(rows, _INFINITY_BITS, jnp.int32))
-    _, high = jax.lax.fori_loop(0, -(-31 // bits), cut, start)  # the first interval is less than 2**31 wide
+    passes = -(-31 // (parts.bit_length() - 1))  # parts is a power of two, the first interval less than 2**31 wide
+    _, high = jax.lax.fori_loop(0, passes, cut, start)
     return jax.lax.bitcast_convert_type(high, jnp.float32)
 
 
