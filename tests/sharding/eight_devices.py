@@ -181,8 +181,8 @@ def check_collectives(llm):
         found.setdefault((name, key[1] if name in ("decode", "head") else None), counts)
     model, drawn = 2 * layers + 1, {"greedy": 2, "sampled": 6}
     wanted = {("mixed", None): {"all-reduce": model}, ("head", "everything"): {"all-gather": 1}}
-    wanted |= {("prompt", None): {"all-gather": 1}, ("prompt_rows", None): {}}
-    wanted |= {("write_slots", None): {}, ("write_rules", None): {}}
+    wanted |= {("prompt", None): {"all-gather": 1}}
+    wanted |= {(name, None): {} for name in ("prompt_rows", "write_slots", "write_rules")}
     wanted |= {("decode", mode): {"all-reduce": model + count} for mode, count in drawn.items()}
     wanted |= {("head", mode): {"all-reduce": count} for mode, count in drawn.items()}
     assert found == wanted

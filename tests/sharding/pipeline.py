@@ -149,7 +149,7 @@ def check_collectives(llm, stages, devices):
     wanted |= {("decode", mode): {"all-reduce": model + n + 1, "collective-permute": 1} for mode, n in drawn.items()}
     wanted |= {("head", mode): {"all-reduce": n} for mode, n in drawn.items()}
     wanted |= {("head", "everything"): {"all-gather": split}, ("prompt", None): {"all-gather": split}}
-    wanted |= {("write_slots", None): {}, ("write_rules", None): {}}
+    wanted |= {(name, None): {} for name in ("prompt_rows", "write_slots", "write_rules")}
     assert found == {name: Counter(wanted[name]) for name in found}
     assert {name for name, _ in found} >= {"mixed", "decode", "head"}
     assert groups == ({"{'stage'}", "{'expert','tensor'}"} if split else {"{'stage'}"})
