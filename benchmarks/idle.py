@@ -15,7 +15,7 @@ from jaxengine.step import StepInputs
 @dataclass
 class Recording:
     steps: list[StepInputs] = field(default_factory=list)
-    late: int = 0  # how many of them the device had to wait for: it had finished the one before
+    late: int = 0  # at most so many the device had to wait for: it had finished the one before when all was submitted
 
 
 @contextmanager
@@ -43,7 +43,8 @@ def queued_seconds(runner: Any, steps: list[StepInputs], samples: int = 6, repea
     """What these steps take together when the host is far ahead.
 
     Of each program some steps, in the middle of equal parts of the run, are timed by queueing the same inputs
-    `repeats` times, or as often as fits in a second; those between are interpolated, as their contexts lie between.
+    `repeats` times, or as often as fits in a second; those between are interpolated, as their contexts lie between,
+    those before the first and after the last take its time.
     Overwrites the cache's content: nobody may wait for tokens.
     """
     of_program: dict[tuple, list[int]] = defaultdict(list)

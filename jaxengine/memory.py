@@ -49,7 +49,7 @@ def temporary_bytes(model: ModelConfig, sizes: Sizes, max_logprobs: int, dtype: 
     layer += tokens * (4 * model.hidden_size + 3 * heads + inner) * wide
     sampler = 8 * rows * vocab * 4  # logits, distances, weights, noise, and their masks
     logits = 6 if item == 4 else 4  # arrays of a chunk's logits, as counted on an H200
-    scoring = logits * sizes.prompt_chunk * vocab * 4 + tokens * (max_logprobs + 2) * 8
+    scoring = logits * sizes.prompt_chunk * vocab * 4
     partial = 528 * 2 * model.num_heads * model.head_dim * 4  # split-KV results, see pallas_kernels.paged_decode
     gathered = 0
     if attention == "reference":  # each row's whole cache, and the scores of every token against it

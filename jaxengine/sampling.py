@@ -211,8 +211,8 @@ def _limit(distance: jax.Array, fields: SamplingFields, axis: Axis | None) -> ja
 
     def within_top_k() -> jax.Array:
         def holds(limits):
-            counts = [jnp.sum(distance <= t[:, None], axis=-1, dtype=jnp.int32) for t in limits]
-            return total(jnp.stack(counts), axis) >= fields.top_k
+            counts = total([jnp.sum(distance <= t[:, None], axis=-1, dtype=jnp.int32) for t in limits], axis)
+            return jnp.stack([count >= fields.top_k for count in counts])
 
         return jnp.where(by_k, _smallest(holds, rows), jnp.inf)
 
@@ -221,8 +221,8 @@ def _limit(distance: jax.Array, fields: SamplingFields, axis: Axis | None) -> ja
         needed = fields.top_p * total(jnp.sum(weight, axis=-1), axis)
 
         def holds(limits):
-            weights = [jnp.sum(jnp.where(distance <= t[:, None], weight, 0.0), axis=-1) for t in limits]
-            return total(jnp.stack(weights), axis) >= needed
+            weights = total([jnp.sum(jnp.where(distance <= t[:, None], weight, 0.0), axis=-1) for t in limits], axis)
+            return jnp.stack([each >= needed for each in weights])
 
         return jnp.where(by_p, jnp.minimum(limit, _smallest(holds, rows)), limit)
 

@@ -174,6 +174,6 @@ def once(x: jax.Array, axis: Axis | None) -> jax.Array:
     return x if axis is None else jnp.where(jax.lax.axis_index(axis) == 0, x, 0)
 
 
-def total(x: jax.Array, axis: Axis | None) -> jax.Array:
+def total[T: (jax.Array, list[jax.Array])](x: T, axis: Axis | None) -> T:
     """The sum of what the devices of `axis` have."""
     return x if axis is None else jax.lax.psum(x, axis)

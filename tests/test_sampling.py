@@ -331,6 +331,15 @@ def test_the_smallest_number_that_holds(parts):
     assert found.tolist() == [*limits[:-1].tolist(), np.inf], "of NaN none holds"
 
 
+def test_several_thresholds_a_pass_draw_the_same(monkeypatch):
+    """As a GPU searches."""
+    logits, fields = random_logits(32), mixed_fields(32)
+    expected = draw(logits, fields, mode="sampled").tokens.tolist()
+    searched: list = []
+    monkeypatch.setattr(sampling, "_smallest", lambda *a: searched.append(a) or sampling._narrow(*a, 8))
+    assert jax.jit(partial(sample, mode="sampled"))(logits, fields).tokens.tolist() == expected and len(searched) == 2
+
+
 # -- what is paid
 
 

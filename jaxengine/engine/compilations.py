@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from jaxengine.engine.program_store import ProgramStore
 
-# XLA's default and WHILE: conditions of the sampler, with loops in them, that the host would decide and so wait for.
+# XLA's default but for collectives, and WHILE: the sampler's conditions have loops in them, and what is in no graph the
+# host decides, for which it waits.
 IN_GRAPHS = ("FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "CONDITIONAL", "WHILE")
 CUBLAS_ROWS = 64  # of a decode step, from which XLA's own Triton products are slower: see benchmarks/README.md
 COMPILERS = 2  # programs compiled beside one another: each takes memory of the device, see memory.compiling_bytes

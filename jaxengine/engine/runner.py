@@ -193,7 +193,7 @@ class Runner:
         parts = []
         for start in range(0, int((asked[0] >= 0).sum(axis=1).max()), chunk):
             places, targets = asked[:, :, start : start + chunk].reshape(2, -1)
-            rows = self._run("prompt_rows", (tokens,), hidden, places)
+            rows = self._run("prompt_rows", (tokens, chunk), hidden, places)
             parts.append(self._run("prompt", (chunk, best), self.weights.leaves, rows, targets))
         return parts
 
@@ -203,7 +203,7 @@ class Runner:
         parts = []
         for first in range(start, end, chunk):
             places = np.minimum(np.arange(first, first + chunk) - shard * tokens, tokens - 1).astype(np.int32)
-            rows = self._run("prompt_rows", (tokens,), hidden, np.tile(places, self.shards))
+            rows = self._run("prompt_rows", (tokens, chunk), hidden, np.tile(places, self.shards))
             part = self._run("prompt_vocab", (chunk,), self.weights.leaves, rows, np.int32(shard))
             parts.append(np.asarray(part)[: end - first])
         return np.concatenate(parts)
@@ -397,7 +397,7 @@ class Runner:
         """Results for the host, which has those of all shards in any case."""
         return jax.tree.map(partial(gather, axis=DATA, dimension=0), results) if self._gathers else results
 
-    def _prompt_rows(self, tokens, hidden, places):
+    def _prompt_rows(self, tokens, chunk, hidden, places):
         return hidden[places]
 
     def _prompt(self, chunk, best, leaves, rows, targets):
@@ -428,7 +428,7 @@ class Runner:
         """What a mixed step runs: their first times come together."""
         head = [("head", (inputs.head_bucket, inputs.mode, inputs.whole_vocab))] if inputs.head_bucket else []
         tokens, best = inputs.bucket.tokens, any(span.best > 0 for span in inputs.prompt_spans)
-        prompt = [("prompt_rows", (tokens,)), ("prompt", (self._chunk(tokens), best))]
+        prompt = [("prompt_rows", (tokens, self._chunk(tokens))), ("prompt", (self._chunk(tokens), best))]
         asked = prompt if inputs.prompt_asked is not None else []
         return [("write_slots", ()), ("mixed", (inputs.bucket,)), *head, *asked]
 
@@ -449,7 +449,7 @@ class Runner:
             keys += [("head", (self.buckets.head(rows), *mode)) for mode in modes]
         for tokens in self.buckets.tokens:
             bucket = self.buckets.mixed(tokens)
-            keys += [("mixed", (bucket,)), ("prompt_rows", (tokens,)), ("pool", (bucket,))]
+            keys += [("mixed", (bucket,)), ("prompt_rows", (tokens, self._chunk(tokens))), ("pool", (bucket,))]
         for chunk in sorted(set(map(self._chunk, self.buckets.tokens))):
             keys += [("prompt", (chunk, False)), ("prompt", (chunk, True)), ("prompt_vocab", (chunk,))]
         return [*keys, ("write_slots", ()), ("write_rules", ()), ("write_mask", ())]
@@ -478,7 +478,7 @@ class Runner:
             case "mixed":
                 return leaves, self._cache, slots.last_token, slots.tables, packed()
             case "prompt_rows":
-                return hidden(key[0]), ints(self._chunk(key[0]))
+                return hidden(key[0]), ints(key[1])
             case "prompt":
                 return leaves, hidden(key[0]), ints(key[0])
             case "prompt_vocab":
