@@ -138,7 +138,7 @@ def _assemble(
     steps = config.steps_per_call or (SHORT_STEPS if short or stages > 1 else 1)
     config = replace(config, steps_per_call=steps)
     experts, groups = share.experts, cache_groups(share.windows, share.num_kv_heads, share.head_dim)
-    temporary = temporary_bytes(share, sizes, config.max_logprobs, config.dtype, config.attention)
+    temporary = temporary_bytes(share, sizes, config.dtype, config.attention)
     reserved = temporary + COMPILERS * compiling_bytes(share, sizes, config.dtype)
     num_pages = plan_pages(config, share, groups, sizes, config.kv_cache_dtype, reserved, mesh.local_devices)
     if processes is not None:

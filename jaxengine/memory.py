@@ -32,7 +32,7 @@ class Sizes:
     prompt_chunk: int = 128  # prompt tokens whose logits exist at a time
 
 
-def temporary_bytes(model: ModelConfig, sizes: Sizes, max_logprobs: int, dtype: str, attention: str) -> int:
+def temporary_bytes(model: ModelConfig, sizes: Sizes, dtype: str, attention: str) -> int:
     """An upper bound, from shapes, for what one program needs beside its arguments and results."""
     tokens, rows, vocab = sizes.max_num_batched_tokens, sizes.max_num_seqs, model.vocab_size
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim

@@ -113,7 +113,7 @@ def test_a_cpu_gives_a_quarter_of_what_is_free(monkeypatch):
 def test_the_runner_is_told_the_bound_for_temporaries():
     """That each program keeps to it is in engine/test_programs.py."""
     runner = shared_llm()._runner
-    assert runner.temporary_bytes == temporary_bytes(runner.model, Sizes(8, 32, 256, 8), 20, "float32", "xla")
+    assert runner.temporary_bytes == temporary_bytes(runner.model, Sizes(8, 32, 256, 8), "float32", "xla")
 
 
 def test_compiling_needs_a_copy_of_the_largest_matrix_and_two_results():
