@@ -414,3 +414,13 @@ def test_what_ended_is_freed_without_the_collector():
         assert len(outputs) == 20 and len(left) <= 1, "but for the last, which the engine's thread may still look at"
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("priority", "most"), [(0, 64), ([*range(80)], 80)])
+def test_of_a_list_the_engine_has_some_at_a_time_and_all_if_priorities_differ(priority, most):
+    with fresh_llm() as llm:
+        submit, known = llm._runner.submit, []
+        llm._runner.submit = lambda inputs: known.append(llm._loop.num_requests) or submit(inputs)
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+        outputs = llm.generate([[i + 3, 6] for i in range(80)], params, priority=priority, use_tqdm=False)
+        assert max(known) == most and [output.prompt_token_ids[0] for output in outputs] == [*range(3, 83)]
