@@ -95,7 +95,7 @@ class EngineLoop:
         try:
             self._engine.add(request)
         except JaxEngineError as error:
-            self._fail(request, error)
+            self._fail(request, error.with_traceback(None))  # its frames hold the request, which holds it
 
     def _fail(self, request: Request, error: JaxEngineError | None) -> None:
         request.error = error

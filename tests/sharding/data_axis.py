@@ -196,13 +196,17 @@ def test_everything_else_gives_the_same_too():
 
 def test_a_mesh_of_ones_own():
     devices = np.array(jax.devices()[4:8]).reshape(2, 1, 2)
-    ask = [[5, 6, 7]] * 4, SamplingParams(temperature=0, max_tokens=2, detokenize=False)
+    ask = [[5, 6, 7, 8]] * 4, SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1, detokenize=False)
     with LLM(
         params("llama"), config=CONFIGS["llama"], mesh=Mesh(devices, ("tensor", "replica", "data")), **SMALL
     ) as llm:
         llm._runner._gathers, submit, flights = True, llm._runner.submit, []  # as of several processes
         llm._runner.submit = lambda inputs: flights.append(submit(inputs)) or flights[-1]
-        assert len({output.outputs[0].token_ids[1] for output in llm.generate(*ask, use_tqdm=False)}) == 1
+        llm._runner.prompt_chunk = 1  # of a prompt's three that are asked for
+        outputs = llm.generate(*ask, use_tqdm=False)
+        assert len({output.outputs[0].token_ids[1] for output in outputs}) == 1
+        asked = np.array([output.prompt_logprobs.logprobs for output in outputs])
+        assert asked.shape == (4, 3) and (asked < 0).all() and np.ptp(asked, axis=0).max() < 1e-5
         assert (llm.config.data_parallel_size, llm.config.tensor_parallel_size) == (2, 2)
         told = [array for flight in flights for array in jax.tree.leaves(flight._arrays)]
         assert told and all(array.is_fully_replicated for array in told), "any process can read it"
