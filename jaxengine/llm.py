@@ -27,9 +27,7 @@ from jaxengine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "stdlib-5m"
-# Requests of one call in the engine at a time, in units of all shards' max_num_seqs: few that must be pulled from an
-# iterable first, of a list as many as hold up no step when they are taken together.
-PULLED, QUEUED = 2, 8
+LAZY_REQUESTS = 2  # of an iterable of prompts, requests in the engine at a time, in units of all shards' max_num_seqs
 
 
 class LLM(TextMethods):
@@ -154,10 +152,10 @@ class LLM(TextMethods):
         failed ends with finish_reason "error" and the error in `.error`.
         """
         single = isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0)
-        requests, total, limit = self._requests([prompts] if single else prompts, sampling_params, priority)
+        requests, total = self._requests([prompts] if single else prompts, sampling_params, priority)
         if stream:
-            return self._updates(requests, limit, every_step=True)
-        return self._collect(requests, total, limit, use_tqdm)
+            return self._updates(requests, total, every_step=True)
+        return self._collect(requests, total, use_tqdm)
 
     def chat(
         self,
@@ -309,18 +307,15 @@ class LLM(TextMethods):
 
     # -- requests
 
-    def _requests(self, prompts: Any, params: Any, priority: Any) -> tuple[Iterator[Any], int | None, int]:
-        """Requests (or outputs, for prompts that cannot be served), their number (None: not known yet), and how many of
-        them the engine may have at a time: all where they differ in priority.
-        """
+    def _requests(self, prompts: Any, params: Any, priority: Any) -> tuple[Iterator[Any], int | None]:
+        """Requests (or outputs, for prompts that cannot be served) and their number; None: not known yet."""
         self._loop.raise_if_ended()
         if not isinstance(prompts, Iterable):
             raise RequestError(f"prompts={prompts!r} must be a text, token ids, a dict, or an iterable of these")
         params = self.get_default_sampling_params() if params is None else params
         each = _each("sampling_params", params), _each("priority", priority)
-        slots = self._runner.shards * self._runner.buckets.max_num_seqs
         if not isinstance(prompts, Sequence) and not hasattr(prompts, "dtype"):
-            return map(self._request_or_error, prompts, *each), None, PULLED * slots
+            return map(self._request_or_error, prompts, *each), None
         prompts = list(prompts)
         for name, values in (("sampling_params", params), ("priority", priority)):
             if isinstance(values, Sized) and len(values) != len(prompts):
@@ -328,7 +323,7 @@ class LLM(TextMethods):
         requests = [self.frontend.request(*row) for row in zip(self.frontend.token_ids(prompts), *each)]
         for request in requests:
             self._loop.check(request)
-        return iter(requests), len(requests), QUEUED * slots if isinstance(priority, Integral) else len(requests)
+        return iter(requests), len(requests)
 
     def _request_or_error(self, prompt: Any, params: SamplingParams, priority: int) -> Any:
         try:
@@ -339,9 +334,10 @@ class LLM(TextMethods):
         except RequestError as error:
             return self.frontend.refused(prompt, error)
 
-    def _updates(self, requests: Iterator[Any], limit: int, every_step: bool) -> Generator[Any]:
+    def _updates(self, requests: Iterator[Any], total: int | None, every_step: bool) -> Generator[Any]:
         """Outputs of all requests as they come. Ends them when it is closed, or when the caller is interrupted."""
         inbox: queue.SimpleQueue = queue.SimpleQueue()
+        limit = LAZY_REQUESTS * self._runner.shards * self._runner.buckets.max_num_seqs if total is None else total
         active: set[str] = set()
         try:
             while True:
@@ -396,7 +392,7 @@ class LLM(TextMethods):
         self._loop.add(request, report)
 
     def _collect(
-        self, requests: Iterator[Any], total: int | None, limit: int, use_tqdm: bool | Callable[..., Any]
+        self, requests: Iterator[Any], total: int | None, use_tqdm: bool | Callable[..., Any]
     ) -> RequestOutputs:
         """The last output of each request, in the order of the requests."""
         order: list[str] = []
@@ -408,7 +404,7 @@ class LLM(TextMethods):
                 yield request
 
         # Closed at once when the bar raises: an exception's traceback would keep it, and its requests, alive.
-        updates = closing(self._updates(noted(), limit, every_step=False))
+        updates = closing(self._updates(noted(), total, every_step=False))
         with updates as outputs, progress_bar(use_tqdm, total) as show:
             for output in outputs:
                 found[output.request_id] = output

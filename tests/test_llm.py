@@ -416,11 +416,12 @@ def test_what_ended_is_freed_without_the_collector():
         gc.enable()
 
 
-@pytest.mark.parametrize(("priority", "most"), [(0, 64), ([*range(80)], 80)])
-def test_of_a_list_the_engine_has_some_at_a_time_and_all_if_priorities_differ(priority, most):
+def test_a_long_list_is_taken_in_between_steps(monkeypatch):
+    monkeypatch.setattr("jaxengine.engine.loop.COMMANDS", 4)
     with fresh_llm() as llm:
-        submit, known = llm._runner.submit, []
-        llm._runner.submit = lambda inputs: known.append(llm._loop.num_requests) or submit(inputs)
-        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-        outputs = llm.generate([[i + 3, 6] for i in range(80)], params, priority=priority, use_tqdm=False)
-        assert max(known) == most and [output.prompt_token_ids[0] for output in outputs] == [*range(3, 83)]
+        submit, taken = llm._runner.submit, []
+        llm._runner.submit = lambda inputs: taken.append(llm._loop._engine.prompt_tokens // 2) or submit(inputs)
+        params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+        outputs = llm.generate([[i + 3, 6] for i in range(80)], params, use_tqdm=False)
+        assert [output.prompt_token_ids[0] for output in outputs] == [*range(3, 83)]
+        assert max(np.diff(taken)) <= 4 and taken[-1] == 80

@@ -11,6 +11,7 @@ from jaxengine.engine.sequence import Request, Sequence
 from jaxengine.errors import EngineClosedError, EngineError, JaxEngineError, RequestError
 
 logger = logging.getLogger(__name__)
+COMMANDS = 256  # taken between two steps, most of them requests at 17 us each: all of a long list would hold up a step
 Listener = Callable[[Request], None]  # called in the engine's thread: it must not wait, and sees the request at rest
 
 
@@ -122,12 +123,15 @@ class EngineLoop:
                 self._on_exit(self._reason)
 
     def _next_commands(self) -> list[Callable[[], None]] | None:
-        """What to do before the next step; waits while there is nothing at all. None: the end."""
+        """What to do before the next step, in order; waits while there is nothing at all. None: the end."""
         with self._wake:
             while not (self._commands or self._engine.has_work or self._end):
                 self._wake.wait()
-            commands, self._commands = self._commands, []
-            return None if self._end else commands
+            if self._end:
+                return None
+            count = COMMANDS if self._engine.has_work else len(self._commands)
+            commands, self._commands = self._commands[:count], self._commands[count:]
+            return commands
 
     def _tell(self, requests: Iterable[Request]) -> None:
         for request in requests:
