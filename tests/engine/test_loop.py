@@ -341,3 +341,34 @@ def test_nothing_is_compiled_after_warmup(count, capsys):
         assert len(buckets) >= 6 and used <= set(programs)
         jax.jit(lambda x: x * count + 1.5)(np.ones(3)).block_until_ready()
         assert llm.get_metrics()["compilations_after_warmup"] >= 1, "the count counts"
+
+
+def test_a_command_that_waits_while_the_engine_is_closed_is_answered():
+    llm = fresh_llm()
+    entered, release, submit, answers = threading.Event(), threading.Event(), llm._runner.submit, []
+    llm._runner.submit = lambda inputs: entered.set() or (release.wait(10) and submit(inputs))
+
+    def generate():
+        with pytest.raises(EngineClosedError):
+            llm.generate(PROMPTS[:1], GREEDY, use_tqdm=False)
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 10
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert condition()
+
+    threads = [threading.Thread(target=generate, daemon=True)]
+    threads[0].start()
+    assert entered.wait(10)
+    loop = llm._loop
+    threads += [threading.Thread(target=lambda: answers.append(loop.call(lambda engine: 7)), daemon=True)]
+    threads[1].start()
+    wait_for(lambda: loop._commands)
+    threads += [threading.Thread(target=llm.close, daemon=True)]
+    threads[2].start()
+    wait_for(lambda: loop._end)
+    release.set()
+    for thread in threads:
+        thread.join(10)
+    assert answers == [7]
