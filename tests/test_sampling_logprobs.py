@@ -67,6 +67,8 @@ def test_log_probabilities_of_given_tokens(k):
     np.testing.assert_allclose(
         found.top_logprobs, np.take_along_axis(expected, np.asarray(found.top_ids), -1), atol=1e-5
     )
+    alone = token_logprobs_jit(logits, tokens, 0)
+    assert alone.logprob.tolist() == found.logprob.tolist(), "whether a neighbour asks for the best or not"
 
 
 def test_log_probabilities_of_the_whole_vocabulary_are_those_of_its_tokens():

@@ -187,15 +187,21 @@ class Runner:
         GPU's are decided there.
         """
         assert inputs.prompt_asked is not None
-        asked, tokens = inputs.prompt_asked.reshape(2, self.shards, -1), inputs.bucket.tokens
-        chunk, best = self._chunk(tokens), any(span.best > 0 for span in inputs.prompt_spans)
+        asked, (rows_of, logprobs_of) = inputs.prompt_asked.reshape(2, self.shards, -1), self._prompt_keys(inputs)
+        _, (tokens, chunk) = rows_of
         asked = np.pad(asked, ((0, 0), (0, 0), (0, -tokens % chunk)), constant_values=-1)
         parts = []
         for start in range(0, int((asked[0] >= 0).sum(axis=1).max()), chunk):
             places, targets = asked[:, :, start : start + chunk].reshape(2, -1)
-            rows = self._run("prompt_rows", (tokens, chunk), hidden, places)
-            parts.append(self._run("prompt", (chunk, best), self.weights.leaves, rows, targets))
+            rows = self._run(*rows_of, hidden, places)
+            parts.append(self._run(*logprobs_of, self.weights.leaves, rows, targets))
         return parts
+
+    def _prompt_keys(self, inputs: StepInputs) -> tuple[tuple[str, tuple], tuple[str, tuple]]:
+        """The programs that pick a chunk's hidden states and give its log-probabilities."""
+        tokens, best = inputs.bucket.tokens, any(span.best > 0 for span in inputs.prompt_spans)
+        chunk = self._chunk(tokens)
+        return ("prompt_rows", (tokens, chunk)), ("prompt", (chunk, best))
 
     def _vocab_logprobs(self, hidden: jax.Array, start: int, end: int) -> np.ndarray:
         tokens = hidden.shape[0] // self.shards
@@ -427,9 +433,7 @@ class Runner:
     def _soon(self, inputs: StepInputs) -> list[tuple[str, tuple]]:
         """What a mixed step runs: their first times come together."""
         head = [("head", (inputs.head_bucket, inputs.mode, inputs.whole_vocab))] if inputs.head_bucket else []
-        tokens, best = inputs.bucket.tokens, any(span.best > 0 for span in inputs.prompt_spans)
-        prompt = [("prompt_rows", (tokens, self._chunk(tokens))), ("prompt", (self._chunk(tokens), best))]
-        asked = prompt if inputs.prompt_asked is not None else []
+        asked = self._prompt_keys(inputs) if inputs.prompt_asked is not None else ()
         return [("write_slots", ()), ("mixed", (inputs.bucket,)), *head, *asked]
 
     def _later(self, inputs: StepInputs) -> list[tuple[str, tuple]]:
