@@ -7,9 +7,10 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,13 @@ def time_workload(
     warmup_tokens: int | None = None,
     limits: tuple[float, float] | None = None,
     devices: int = 1,
+    sampling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Runs the workload `warmups + repeats` times through `LLM.generate`; output tokens/s of the median run.
 
     copies: of each request. warmup_tokens: to which the first runs cut prompts and outputs; that suffices where there
     is one program for many sizes, see `compilations` in the result: of the measured runs. limits: what `rates` gives,
-    for the share of the floor of so many devices.
+    for the share of the floor of so many devices. sampling: fields of SamplingParams; None: greedy.
 
     The prefix cache is emptied before each run, and each request must give all its tokens.
     """
@@ -85,8 +87,9 @@ def time_workload(
 
     prompts, lengths = requests(workload, SHAPES[shape].vocab_size)
     prompts, lengths = prompts * copies, lengths * copies
-    whole = prompts, [fixed_length(length) for length in lengths]
-    cut = [prompt[:warmup_tokens] for prompt in prompts], [fixed_length(min(n, warmup_tokens or n)) for n in lengths]
+    params: Any = partial(fixed_length, **(sampling or {}))
+    whole = prompts, [params(length) for length in lengths]
+    cut = [prompt[:warmup_tokens] for prompt in prompts], [params(min(n, warmup_tokens or n)) for n in lengths]
     began = time.perf_counter()
     for _ in range(warmups):
         llm.reset_prefix_cache()

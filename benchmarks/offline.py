@@ -6,6 +6,7 @@ The limit is computed from the read bandwidth and the rate of matrix products me
 """
 
 import argparse
+import json
 
 from benchmarks.common import claim_memory, longest, peer_results, random_llm, rates, report, time_workload
 from benchmarks.idle import queued_seconds, recorded
@@ -28,6 +29,9 @@ def main() -> None:
     parser.add_argument("--steps-in-flight", type=int, default=1)
     parser.add_argument("--steps-per-call", type=int)
     parser.add_argument("--peer", action="append", default=[], help="command of another engine's script, run first")
+    parser.add_argument(
+        "--sampling", type=json.loads, default={}, help='fields of SamplingParams: \'{"temperature": 1, "top_p": 0.9}\''
+    )
     parser.add_argument("--idle", default="", help="workloads of which also: how long the device had nothing to do")
     args = parser.parse_args()
 
@@ -47,14 +51,14 @@ def main() -> None:
     if args.max_num_batched_tokens is not None:
         options["max_num_batched_tokens"] = args.max_num_batched_tokens
     device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}, {args.model}, {options}", flush=True)
+    print(f"{device.device_kind}, jax {jax.__version__}, {args.model}, {options}, {args.sampling}", flush=True)
     limits = rates()
     with random_llm(args.model, max_model_len=longest(args.model, workloads), **options) as llm:
         for name in workloads:
-            result = time_workload(llm, args.model, name, args.repeats, limits=limits)
+            result = time_workload(llm, args.model, name, args.repeats, limits=limits, sampling=args.sampling)
             if name in args.idle.split(","):
                 with recorded(llm._runner) as run:
-                    again = time_workload(llm, args.model, name, repeats=1, warmups=0)
+                    again = time_workload(llm, args.model, name, repeats=1, warmups=0, sampling=args.sampling)
                 result["idle"] = 1 - queued_seconds(llm._runner, run.steps) / again["seconds"]
             report(result)
 

@@ -29,9 +29,9 @@ def random_prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> l
     return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(count)]
 
 
-def fixed_length(tokens: int) -> SamplingParams:
-    """Greedy, exactly this many tokens, no text."""
-    return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+def fixed_length(tokens: int, **sampling: Any) -> SamplingParams:
+    """Exactly this many tokens, no text; greedy, or by these fields."""
+    return SamplingParams(**{"temperature": 0.0, **sampling}, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
 
 def run(llm: Any, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> Run:

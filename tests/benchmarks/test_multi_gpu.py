@@ -89,11 +89,14 @@ def test_first_runs_may_be_cut_short():
 
         def watched(prompts, params, **options):
             asked.append((max(map(len, prompts)), max(p.max_tokens for p in params)))
+            assert {(p.temperature, p.top_p) for p in params} == {(1, 0.9)}
             return generate(prompts, params, **options)
 
         llm.generate = watched
         only_buckets(llm, [8], [32])
-        result = time_workload(llm, "tiny", "tiny", repeats=2, warmup_tokens=5)
+        result = time_workload(
+            llm, "tiny", "tiny", repeats=2, warmup_tokens=5, sampling={"temperature": 1, "top_p": 0.9}
+        )
         assert asked[0] == (5, 5) and asked[1] == asked[2] and asked[1][0] > 5 and asked[1][1] > 5
         assert result["warmup_seconds"] > 0 and "share_of_floor" not in result
 
