@@ -1,8 +1,9 @@
 """Prompts become the engine's requests, and the engine's requests become outputs."""
 
 import itertools
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from numbers import Integral
 from typing import Any
@@ -15,6 +16,7 @@ from jaxengine.errors import EngineError, RequestError
 from jaxengine.request import CompletionOutput, Logprobs, RequestMetrics, RequestOutput, SamplingParams
 from jaxengine.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
 PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 
 
@@ -33,6 +35,8 @@ class Frontend:
     ):
         self.tokenizer, self.vocab_size, self.max_model_len = tokenizer, vocab_size, max_model_len
         self.max_logprobs, self.eos_token_ids, self.seed = max_logprobs, tuple(eos_token_ids), seed
+        self._decode = None if tokenizer is None else tokenizer.token_text
+        self._ends, self._no_ends = frozenset(eos_token_ids), frozenset[int]()
         self._arrivals = itertools.count()
 
     def token_ids(self, prompts: Sequence[Any]) -> list[Any]:
@@ -73,7 +77,7 @@ class Frontend:
                     "at the end only; use stop_token_ids"
                 )
         number = next(self._arrivals)
-        ends = () if params.ignore_eos else self.eos_token_ids
+        ends = self._no_ends if params.ignore_eos else self._ends
         bad_words = self._bad_word_ids(params.bad_words)
         now = time.time()
         return Request(
@@ -85,7 +89,7 @@ class Frontend:
             priority=int(priority),
             seed=self._derived_seed(number) if params.seed is None else params.seed,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            stop_token_ids=frozenset((*ends, *params.stop_token_ids)),
+            stop_token_ids=ends.union(params.stop_token_ids) if params.stop_token_ids else ends,
             arrival_time=now,
             deadline=None if params.timeout is None else time.monotonic() + params.timeout,
             cache_salt=(prompt["cache_salt"] or "").encode(),
@@ -113,10 +117,10 @@ class Frontend:
             raise RequestError("max_tokens=0 and a prompt of one token: there is no log-probability to compute")
         return ids
 
-    def _bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+    def _bad_word_ids(self, words: Sequence[str]) -> Sequence[list[int]]:
         """Each word at the beginning of a text and behind a space."""
         if not words:
-            return []
+            return ()
         tokenizer = self._tokenizer_for("bad_words")
         found = [
             tuple(tokenizer.encode(prefix + (word.lstrip() or word), add_special_tokens=False))
@@ -142,17 +146,39 @@ class Frontend:
         text, metrics = prompt if isinstance(prompt, str) else None, RequestMetrics(time.time())
         return RequestOutput(f"request-{next(self._arrivals)}", text, [], None, [failed], True, metrics, error=error)
 
-    def reporter(self, request: Request) -> "Reporter":
-        return Reporter(request, None if self.tokenizer is None else self.tokenizer.token_text)
+    def reporter(
+        self, request: Request, tell: Callable[[RequestOutput], None], abort: Callable[[Iterable[str]], None]
+    ) -> "Reporter":
+        return Reporter(request, self._decode, tell, abort)
 
 
 class Reporter:
-    """Makes the outputs of one request; remembers how much of it was told, for deltas."""
+    """Tells the outputs of one request; remembers how much of it was told, for deltas.
 
-    def __init__(self, request: Request, decode: Any):
-        self._request, self._decode = request, decode
-        self._told = [(0, 0)] * request.params.n  # output tokens, characters
-        self._done = [False] * request.params.n
+    One object a request, and nothing in it that only some need: of long lists of requests Python's collector, which
+    stops all threads, looks at each object several times.
+    """
+
+    __slots__ = ("_abort", "_decode", "_delta", "_done", "_failed", "_request", "_tell", "_told")
+
+    def __init__(self, request: Request, decode: Any, tell: Callable[[RequestOutput], None], abort: Any):
+        self._request, self._decode, self._tell, self._abort = request, decode, tell, abort
+        self._delta, self._failed = request.params.output_kind == "delta", False
+        if self._delta:
+            self._told = [(0, 0)] * request.params.n  # output tokens, characters
+            self._done = [False] * request.params.n
+
+    def __call__(self, _: Request) -> None:
+        if self._failed:  # the end of what is ended below
+            return
+        try:
+            output = self.output()
+        except Exception as error:  # a bug of ours: it ends this request and no other
+            logger.exception("request %s has an output that cannot be made", self._request.request_id)
+            self._failed = True
+            self._abort([self._request.request_id])
+            output = self._ended(EngineError(f"no output can be made: {type(error).__name__}: {error}"))
+        self._tell(output)
 
     def output(self) -> RequestOutput:
         """What the request's output_kind shows of it now."""
@@ -165,11 +191,9 @@ class Reporter:
             skipped = max(1, request.params.prompt_logprobs_start)
             ids = request.prompt_token_ids[skipped:]
             prompt_logprobs = Logprobs(ids, first.prompt_logprobs, skipped=skipped, decode=self._decode)
-        delta = request.params.output_kind == "delta"
-        shown = [
-            self._completion(i, s, delta) for i, s in enumerate(request.sequences) if not (delta and self._done[i])
-        ]
-        self._done = [sequence.finished for sequence in request.sequences]
+        shown = [self._completion(i, s) for i, s in enumerate(request.sequences) if not (self._delta and self._done[i])]
+        if self._delta:
+            self._done = [sequence.finished for sequence in request.sequences]
         metrics = RequestMetrics(
             request.arrival_time,
             request.queued_time,
@@ -183,15 +207,16 @@ class Reporter:
             metrics, first.num_cached, hidden_state, request.error,
         )  # fmt: skip
 
-    def failed(self, error: EngineError) -> RequestOutput:
-        """The last output where `output` fails."""
+    def _ended(self, error: EngineError) -> RequestOutput:
         request, shown = self._request, [CompletionOutput(0, "", [], finish_reason="error")]
         metrics, ids = RequestMetrics(request.arrival_time), request.prompt_token_ids
         return RequestOutput(request.request_id, request.prompt, ids, None, shown, True, metrics, error=error)
 
-    def _completion(self, i: int, sequence: EngineSequence, delta: bool) -> CompletionOutput:
-        tokens, characters = self._told[i] if delta else (0, 0)
-        self._told[i] = sequence.num_output, len(sequence.text)
+    def _completion(self, i: int, sequence: EngineSequence) -> CompletionOutput:
+        tokens = characters = 0
+        if self._delta:
+            tokens, characters = self._told[i]
+            self._told[i] = sequence.num_output, len(sequence.text)
         asked = sequence.params.logprobs is not None
         ids = sequence.output(tokens)
         rows = sequence.logprobs[tokens:] if tokens else sequence.logprobs

@@ -1,7 +1,6 @@
 """LLM: text in, text out. The one place that wires the parts together."""
 
 import atexit
-import logging
 import os
 import queue
 import sys
@@ -25,7 +24,6 @@ from jaxengine.request import BeamSearchParams, RequestOutput, RequestOutputs, S
 from jaxengine.text_methods import TextMethods
 from jaxengine.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "stdlib-5m"
 LAZY_REQUESTS = 2  # of an iterable of prompts, requests in the engine at a time, in units of all shards' max_num_seqs
 
@@ -338,7 +336,7 @@ class LLM(TextMethods):
         """Outputs of all requests as they come. Ends them when it is closed, or when the caller is interrupted."""
         inbox: queue.SimpleQueue = queue.SimpleQueue()
         limit = LAZY_REQUESTS * self._runner.shards * self._runner.buckets.max_num_seqs if total is None else total
-        active: set[str] = set()
+        active, tell = set[str](), inbox.put
         try:
             while True:
                 for request in islice(requests, limit - len(active)):
@@ -346,7 +344,7 @@ class LLM(TextMethods):
                         inbox.put(request)
                     else:
                         active.add(request.request_id)
-                        self.start(request, inbox.put, every_step)
+                        self.start(request, tell, every_step)
                 if not active and inbox.empty():
                     return
                 output = inbox.get()
@@ -374,22 +372,8 @@ class LLM(TextMethods):
 
     def start(self, request: Any, tell: Callable[[RequestOutput], None], every_step: bool) -> None:
         """Hands a request to the engine; `tell` gets its outputs, in the engine's thread. For front ends of ours."""
-        reporter, failures = self.frontend.reporter(request), list[EngineError]()
         request.watched = every_step and request.params.output_kind != "final_only"
-
-        def report(_: Any) -> None:
-            if failures:  # the end of what was ended below
-                return
-            try:
-                output = reporter.output()
-            except Exception as error:  # a bug of ours: it ends this request and no other
-                logger.exception("request %s has an output that cannot be made", request.request_id)
-                failures.append(EngineError(f"no output can be made: {type(error).__name__}: {error}"))
-                self._loop.abort([request.request_id])
-                output = reporter.failed(failures[0])
-            tell(output)
-
-        self._loop.add(request, report)
+        self._loop.add(request, self.frontend.reporter(request, tell, self.abort))
 
     def _collect(
         self, requests: Iterator[Any], total: int | None, use_tqdm: bool | Callable[..., Any]

@@ -119,7 +119,7 @@ class Engine:
         request.queued_time = time.time()
         request.sequences = [Sequence(request, i) for i in range(request.params.n)]
         for sequence in request.sequences:
-            sequence.weight_versions = [(0, self.scheduler.weight_version)]
+            sequence.weight_versions = ((0, self.scheduler.weight_version),)
             self.sink.open(sequence, request.prompt_token_ids, request.params)
         self._requests[request.request_id] = request
         self._enders[self._stop_ids(request)] += 1

@@ -22,7 +22,7 @@ class EngineLoop:
         """`on_exit` is called in the thread when it ends, after the last step, with the error that made it end."""
         self._engine, self._on_exit = engine, on_exit
         self._wake = threading.Condition(threading.RLock())
-        self._commands: list[Callable[[], None]] = []
+        self._commands: list[Callable[[], None] | Request] = []  # a request is to be admitted
         self._listeners: dict[str, tuple[Request, Listener]] = {}
         self._end: EngineError | None = None  # why no more requests are taken
         self._reason: str | None = None  # the error, if one ended it
@@ -42,7 +42,7 @@ class EngineLoop:
         with self._wake:
             if request.request_id in self._listeners:
                 raise RequestError(f"request_id={request.request_id!r} is in use")
-            self._post(lambda: self._admit(request))
+            self._post(request)
             self._listeners[request.request_id] = request, listener
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -84,7 +84,7 @@ class EngineLoop:
         if self._end is not None:
             raise type(self._end)(str(self._end)) from self._end.__cause__
 
-    def _post(self, command: Callable[[], None]) -> None:
+    def _post(self, command: Callable[[], None] | Request) -> None:
         with self._wake:  # with the end known no command is left behind: see _fail_all
             self.raise_if_ended()
             self._commands.append(command)
@@ -109,8 +109,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while (commands := self._next_commands()) is not None:
-                for command in commands:
-                    command()
+                self._do(commands)
                 self._tell(self._engine.step())
         except Exception as error:
             logger.exception("the engine ended")
@@ -122,7 +121,14 @@ class EngineLoop:
             finally:
                 self._on_exit(self._reason)
 
-    def _next_commands(self) -> list[Callable[[], None]] | None:
+    def _do(self, commands: list[Callable[[], None] | Request]) -> None:
+        for command in commands:
+            if isinstance(command, Request):
+                self._admit(command)
+            else:
+                command()
+
+    def _next_commands(self) -> list[Callable[[], None] | Request] | None:
         """What to do before the next step, in order; waits while there is nothing at all. None: the end."""
         with self._wake:
             while not (self._commands or self._engine.has_work or self._end):
@@ -141,13 +147,12 @@ class EngineLoop:
             if entry is not None:
                 entry[1](request)
             if request.finished:
-                request.sequences = []  # no cycles: the collector, which they would wait for, stops all threads
+                request.sequences = ()  # no cycles: the collector, which they would wait for, stops all threads
 
     def _fail_all(self) -> None:
         with self._wake:
             commands, self._commands = self._commands, []
-        for command in commands:  # someone may wait for one
-            command()
+        self._do(commands)  # someone may wait for one
         if self._end is not None:
             self._engine.drop_update(self._end)
         for request, _ in list(self._listeners.values()):

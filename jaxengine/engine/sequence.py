@@ -39,7 +39,7 @@ class Sequence:
     prompt_logprobs: list[tuple] = field(default_factory=list)  # per prompt position from the first one asked for
     pooled: np.ndarray | None = None  # float64 [hidden]: the sum of the prompt's hidden states that were asked for ...
     num_pooled: int = 0  # ... and how many these are
-    weight_versions: list[tuple[int, int]] = field(default_factory=list)  # first output token of a span, its version
+    weight_versions: tuple[tuple[int, int], ...] = ()  # first output token of a span, its version
     _table: SlotTable | None = None  # of its slot
     _tokens: np.ndarray = field(init=False)
 
@@ -79,14 +79,14 @@ class Sequence:
         assert self._table is None
         self._tokens = self._tokens[: self.num_prompt].copy()
         self.num_read, self.text, self.cumulative_logprob = 0, "", 0.0
-        self.logprobs, self.prompt_logprobs, self.weight_versions = [], [], [(0, version)]
+        self.logprobs, self.prompt_logprobs, self.weight_versions = [], [], ((0, version),)
         self.pooled, self.num_pooled = None, 0
 
     def go_on(self, version: int) -> None:
         """Keeps its tokens; further ones are drawn from weights of this version."""
         # Without those that drew nothing: two updates may come with no token between them.
-        drawn = [span for span in self.weight_versions if span[0] < self.num_output]
-        self.weight_versions = [*drawn, (self.num_output, version)]
+        drawn = (span for span in self.weight_versions if span[0] < self.num_output)
+        self.weight_versions = (*drawn, (self.num_output, version))
 
     @property
     def tokens(self) -> np.ndarray:
@@ -176,7 +176,7 @@ class Request:
     watched: bool = True  # its owner hears of every step that gave it something, not only of its end
     needs_last_token: bool = False  # a rule on its next token depends on the last one: no step ahead
     shard: int = 0  # of the data axis, where it runs
-    sequences: list[Sequence] = field(default_factory=list)
+    sequences: Seq[Sequence] = ()
     error: Exception | None = None
 
     @property

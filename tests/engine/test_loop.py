@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxengine import LLM, EngineClosedError, EngineError, SamplingParams
-from jaxengine import llm as llm_module
+from jaxengine import frontend as frontend_module
 from jaxengine.engine import loop as loop_module
 from jaxengine.frontend import Reporter
 from tests.tiny_llm import OPTIONS, VOCAB, check_integrity, fresh_llm, model_folder, shared_llm
@@ -238,7 +238,7 @@ def test_a_bug_in_a_step_ends_the_engine_for_all(monkeypatch):
 
 
 def test_an_output_that_cannot_be_made_fails_its_request_alone(want, monkeypatch):
-    monkeypatch.setattr(llm_module.logger, "exception", lambda *_: None)
+    monkeypatch.setattr(frontend_module.logger, "exception", lambda *_: None)
     llm, output = shared_llm(), Reporter.output
 
     def broken(reporter):
@@ -341,6 +341,29 @@ def test_nothing_is_compiled_after_warmup(count, capsys):
         assert len(buckets) >= 6 and used <= set(programs)
         jax.jit(lambda x: x * count + 1.5)(np.ones(3)).block_until_ready()
         assert llm.get_metrics()["compilations_after_warmup"] >= 1, "the count counts"
+
+
+def test_a_waiting_request_is_few_objects_for_the_collector():
+    with fresh_llm() as llm:
+        held, release = threading.Event(), threading.Event()
+        holder = threading.Thread(target=lambda: llm._loop.call(lambda engine: held.set() or release.wait(10)))
+        holder.start()
+        assert held.wait(10)
+        count, ended = 200, threading.Semaphore(0)
+        requests = llm.requests([[3, 4]] * count, [GREEDY] * count)
+
+        def tell(output):
+            ended.release()
+
+        gc.collect()
+        before = len(gc.get_objects())
+        for request in requests:
+            llm.start(request, tell, every_step=False)
+        grown = (len(gc.get_objects()) - before) / count
+        release.set()
+        holder.join()
+        assert all(ended.acquire(timeout=10) for _ in range(count))
+    assert grown <= 4, "20 were enough for passes that stopped a GPU for half a second each"
 
 
 def test_a_command_that_waits_while_the_engine_is_closed_is_answered():
