@@ -92,7 +92,7 @@ def test_log_probabilities_are_those_of_the_version_that_drew(mode, spans):
     while not request.finished:
         engine.step()
         assert len(sequence.logprobs) == sequence.num_output
-    assert sequence.weight_versions == spans
+    assert list(sequence.weight_versions) == spans
     assert_as_alone(engine, request)
     assert sequence.cumulative_logprob == pytest.approx(sum(row[0] for row in sequence.logprobs))
     windows = [group.window for group in engine.runner.groups]
