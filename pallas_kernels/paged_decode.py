@@ -49,7 +49,8 @@ class TuningConfig:
         # Beyond these sizes of the output tile registers spill; plain cores (float32) need more of them per product.
         tile_rows = _tile_rows(queries * heads // kv_heads)
         size, single = tile_rows * pl.next_power_of_2(dim), q.dtype == jnp.float32
-        block_kv = 16 if single and tile_rows > 32 else triton_tile.block_kv(dim, q.dtype, k_pages.dtype)
+        most = 128 if tile_rows == triton_tile.MIN_ROWS else 64
+        block_kv = 16 if single and tile_rows > 32 else triton_tile.block_kv(dim, q.dtype, k_pages.dtype, most=most)
         num_warps = 4 if size <= (2**12 if single else 2**13) else 8 if size <= 2**14 or not single else 16
         # Twice the tiles on their way where they have half the bytes.
         num_stages = 5 if jnp.dtype(k_pages.dtype).itemsize == 1 else 3

@@ -23,10 +23,10 @@ def check_offsets(*pools: jax.Array) -> None:
             raise ValueError(f"{pool.shape=} {pool.dtype=}: Triton takes pools of at most 2 GiB, or of more than 4")
 
 
-def block_kv(head_dim: int, *dtypes) -> int:
-    """Keys in a tile, from 16 to 64: what fits in the widest dtype that they have on their way."""
+def block_kv(head_dim: int, *dtypes, most: int = 64) -> int:
+    """Keys in a tile, at least 16: what fits in the widest dtype that they have on their way."""
     widest = max(jnp.dtype(dtype).itemsize for dtype in dtypes)
-    return max(16, min(64, TILE_BYTES // (pl.next_power_of_2(head_dim) * widest)))
+    return max(16, min(most, TILE_BYTES // (pl.next_power_of_2(head_dim) * widest)))
 
 
 def load_tile(
