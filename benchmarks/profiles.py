@@ -91,7 +91,7 @@ def launches(text: str) -> list[Instruction]:
 
 def name_of(kernel: str) -> str:
     """Without numbers, as equal fusions share the kernel of the first, and without what Mosaic adds."""
-    return re.sub(r"(_mosaic_gpu_kernel|[._]\d+)+$", "", kernel)
+    return re.sub(r"(_mosaic_gpu_kernel|[._]+\d+)+$", "", kernel)
 
 
 def _place(instructions: Sequence[Instruction], op: str, name: str, start: int) -> int:

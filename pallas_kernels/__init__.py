@@ -4,7 +4,7 @@
 Pools are `[pages, kv_heads, page_size, head_dim]`, one for K and one for V; page 0 is the null page, for padding.
 The kernels compile for NVIDIA GPUs of compute capability 8.0 and above, through Triton, or run anywhere with
 `interpret=True`; `paged_decode` and `paged_extend` have one each for Hopper in Mosaic GPU, which `tuning` names, and
-`decode_layer` is for Hopper only.
+`decode_layer`, `gated_matmul` and `split_matmul` are for Hopper only.
 """
 
 from pallas_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
@@ -25,6 +25,12 @@ from pallas_kernels.kv_write import kv_write, kv_write_reference
 from pallas_kernels.paged_decode import paged_decode, paged_decode_reference
 from pallas_kernels.paged_extend import paged_extend, paged_extend_reference
 from pallas_kernels.rope_write import rope_write, rope_write_reference
+from pallas_kernels.skinny_matmul import (
+    gated_matmul,
+    gated_matmul_reference,
+    split_matmul,
+    split_matmul_reference,
+)
 
 __all__ = [
     "LayerWeights",
@@ -36,6 +42,8 @@ __all__ = [
     "decode_layer_reference",
     "gated_activation",
     "gated_activation_reference",
+    "gated_matmul",
+    "gated_matmul_reference",
     "grouped_gated_matmul",
     "grouped_gated_matmul_reference",
     "grouped_matmul",
@@ -48,5 +56,7 @@ __all__ = [
     "paged_extend_reference",
     "rope_write",
     "rope_write_reference",
+    "split_matmul",
+    "split_matmul_reference",
     "workspace_words",
 ]

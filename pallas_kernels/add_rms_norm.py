@@ -38,11 +38,10 @@ def add_rms_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """x + y, and that over its root mean square (Zhang & Sennrich 2019), times `scale`.
 
-    x, y [T, E] of one dtype, which the sum is rounded to first; scale [E]. Returns two arrays like x. ValueError for
-    shapes that do not fit.
+    x, y [T, E] of one dtype, which the sum is rounded to first; scale [E]. Or y is float32 [P, T, E], parts that are
+    added up. Returns two arrays like x. ValueError for shapes that do not fit.
     """
-    if x.ndim != 2 or x.shape != y.shape or x.dtype != y.dtype or scale.shape != x.shape[1:]:
-        raise ValueError(f"{x.shape=} {x.dtype=} {y.shape=} {y.dtype=} {scale.shape=} must be [T, E], [T, E], [E]")
+    _check(x, y, scale)
     tuning = tuning or TuningConfig.from_shapes(x)
     whole = pl.BlockSpec(memory_space=pl.ANY)
     return tuple(
@@ -62,21 +61,33 @@ def add_rms_norm(
 @partial(jax.jit, static_argnames="eps")
 def add_rms_norm_reference(x: jax.Array, y: jax.Array, scale: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
     """The same as `add_rms_norm` in plain jax.numpy."""
-    total = x + y
+    _check(x, y, scale)
+    total = x + y if y.ndim == 2 else (x.astype(jnp.float32) + y.sum(axis=0)).astype(x.dtype)
     wide = total.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return total, wide.astype(x.dtype) * scale
+
+
+def _check(x, y, scale) -> None:
+    whole = y.shape == x.shape and y.dtype == x.dtype
+    parts = y.ndim == 3 and y.shape[0] > 0 and y.shape[1:] == x.shape and y.dtype == jnp.float32
+    if x.ndim != 2 or not (whole or parts) or scale.shape != x.shape[1:]:
+        raise ValueError(
+            f"{x.shape=} {x.dtype=} {y.shape=} {y.dtype=} {scale.shape=} must be [T, E], [T, E] or parts, float32 "
+            "[P, T, E], and [E]"
+        )
 
 
 def _kernel(x_ref, y_ref, scale_ref, sum_ref, norm_ref, *, eps: float):
     token, size = pl.program_id(0), x_ref.shape[1]
     e = jnp.arange(pl.next_power_of_2(size))
     mask = e < size if e.size > size else None
-    x, y, scale = (
+    parts = [()] if len(y_ref.shape) == 2 else [(part,) for part in range(y_ref.shape[0])]
+    x, scale, *ys = (
         plt.load(ref, mask=mask, other=None if mask is None else 0)
-        for ref in (x_ref.at[token, e], y_ref.at[token, e], scale_ref.at[e])
+        for ref in (x_ref.at[token, e], scale_ref.at[e], *(y_ref.at[(*part, token, e)] for part in parts))
     )
-    total = (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
+    total = (x.astype(jnp.float32) + sum(y.astype(jnp.float32) for y in ys)).astype(x.dtype)
     wide = total.astype(jnp.float32)
     normed = (wide * jax.lax.rsqrt((wide * wide).sum() / size + eps)).astype(x.dtype)
     scaled = (normed.astype(jnp.float32) * scale.astype(jnp.float32)).astype(x.dtype)

@@ -27,8 +27,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_fast": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "relu": jax.nn.relu,
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu": lambda x: jnp.maximum(
+        x, 0
+    ),  # jax.nn.relu has a derivative of its own, which kernels of jax 0.11 do not take
+    "relu2": lambda x: jnp.square(jnp.maximum(x, 0)),
     "tanh": jnp.tanh,
     "sigmoid": jax.nn.sigmoid,
 }

@@ -28,6 +28,11 @@ class Linear(nnx.Module):
         self.kernel_t = nnx.Param(params["kernel_t"]) if "kernel_t" in params else None
         self.bias = nnx.Param(params["bias"]) if "bias" in params else None
 
+    @property
+    def plain(self) -> jax.Array | None:
+        """The kernel [in, out], where the product with it is all."""
+        return self.kernel[...] if self.kernel is not None and self.bias is None and self.axis is None else None
+
     def __call__(self, x: jax.Array, partial: bool = False) -> jax.Array:
         """x [tokens, in] -> [tokens, out] in x's dtype. `partial`: what this device adds to it, for others to sum."""
         y = self._product(x, x.dtype)

@@ -60,6 +60,36 @@ def whole_layer(implementation: Implementation) -> WholeLayer | None:
     return WholeLayer(ROWS, COUNTERS, LayerWeights, supports, jax.named_call(run, name="decode_layer"))
 
 
+class FewRows(NamedTuple):
+    """Products of `linear.Linear`s that take as long as reading them; see `pallas_kernels.skinny_matmul`. Each is None
+    where XLA's product does as well.
+    """
+
+    split: Callable  # x, Linear -> float32 [parts, tokens, out], as add_rms_norm takes them
+    gated: Callable  # x, Linear of gate and up side by side or None, activation -> [tokens, width]
+
+
+@cache
+def few_rows(implementation: Implementation) -> FewRows:
+    """For cards that have such kernels."""
+    if implementation not in ("triton", "mosaic"):
+        return FewRows(lambda x, linear: None, lambda x, linear, activation: None)
+    from pallas_kernels import gated_matmul, paged_tile, skinny_matmul, split_matmul
+
+    def split(x, linear) -> jax.Array | None:
+        kernel = linear.plain if paged_tile.on_mosaic_card() else None
+        tuning = None if kernel is None else skinny_matmul.split_tuning(x, kernel)
+        return None if tuning is None else split_matmul(x, kernel, tuning=tuning)
+
+    def gated(x, linear, activation) -> jax.Array | None:
+        takes = linear is not None and activation is not ERF and paged_tile.on_mosaic_card()
+        kernel = linear.plain if takes else None
+        tuning = None if kernel is None else skinny_matmul.gated_tuning(x, kernel)
+        return None if tuning is None else gated_matmul(x, kernel, activation, tuning=tuning)
+
+    return FewRows(split, gated)
+
+
 @cache
 def ops(implementation: Implementation) -> Ops:
     """The operations of an implementation; the kernels' imports cost time that the CPU need not pay."""
@@ -147,8 +177,13 @@ def _unnamed(implementation: Implementation) -> Ops:
     return found._replace(gated_activation=gated_activation, grouped_gated_matmul=grouped_gated_matmul)
 
 
+def added(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + y in x's dtype; y like x, or float32 parts [P, *x.shape] of what is added."""
+    return x + y if y.ndim == x.ndim else (x.astype(jnp.float32) + y.sum(axis=0)).astype(x.dtype)
+
+
 def _add_rms_norm(x, y, scale, *, eps) -> tuple[jax.Array, jax.Array]:
-    stream = x + y
+    stream = added(x, y)
     return stream, rms_norm(stream, scale, eps)
 
 

@@ -20,7 +20,7 @@ from jaxengine.layers.embedding import Embedding
 from jaxengine.layers.linear import Linear, Projections, precision
 from jaxengine.layers.moe import MoE
 from jaxengine.layers.norm import RMSNorm
-from jaxengine.layers.ops import WholeLayer, ops, whole_layer
+from jaxengine.layers.ops import WholeLayer, added, few_rows, ops, whole_layer
 from jaxengine.layers.rope import rope_angles, rope_frequencies
 from jaxengine.sharding import Axis, ParamSpec, gather, share_ids
 
@@ -91,14 +91,14 @@ class Attention(nnx.Module):
         self.inv_freq = tuple(inv_freq.tolist())  # static: part of the program, not a parameter
 
     def __call__(self, x: jax.Array, inputs: LayerInputs, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        """x [tokens, hidden] -> the same shape (with peers a part of it), and the cache with these tokens in it."""
+        """x [tokens, hidden] -> an `addend`, and the cache with these tokens in it."""
         qkv = self.qkv.joined(x).reshape(len(x), -1, self.head_dim)
         norms = (self.q_norm, self.k_norm) if self.q_norm is not None and self.k_norm is not None else None
         q, cache = rotate_and_write(qkv, *self.angles(inputs.step), norms, inputs, cache)
         sinks = None if self.sinks is None else self.sinks[...]
         y = attend(q, inputs, cache, sinks=sinks, scale=self.scale, window=self.window)
         with jax.named_scope("o_proj"):
-            return self.o_proj(y.reshape(len(x), -1), inputs.step.peers is not None), cache
+            return addend(y.reshape(len(x), -1), self.o_proj, inputs.step), cache
 
     def angles(self, step: AttentionInputs) -> tuple[jax.Array, jax.Array]:
         """Cosine and sine by which a step's q and k are rotated, float32 [tokens, pairs]."""
@@ -115,15 +115,27 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array, inputs: LayerInputs) -> jax.Array:
-        implementation = inputs.step.implementation
-        gated = ops(implementation).gated_activation(self.gate_up.joined(x), ACTIVATIONS[self.activation])
+        """x [tokens, hidden] -> an `addend`."""
+        implementation, activation = inputs.step.implementation, ACTIVATIONS[self.activation]
+        with jax.named_scope("gate_up_proj"):
+            gated = few_rows(implementation).gated(x, self.gate_up.fused, activation)
+        if gated is None:
+            gated = ops(implementation).gated_activation(self.gate_up.joined(x), activation)
         with jax.named_scope("down_proj"):
-            return self.down_proj(gated, inputs.step.peers is not None)
+            return addend(gated, self.down_proj, inputs.step)
+
+
+def addend(x: jax.Array, linear: Linear, step: AttentionInputs) -> jax.Array:
+    """The product as a `Residual` adds it: [tokens, hidden], with peers a part of it, or float32 parts [P, tokens,
+    hidden].
+    """
+    parts = few_rows(step.implementation).split(x, linear)
+    return linear(x, step.peers is not None) if parts is None else parts
 
 
 class Residual(NamedTuple):
-    """x + y is the stream between two layers: the next norm adds them, in the same pass. With peers y is this device's
-    part of what the devices add to x.
+    """x + y is the stream between two layers: the next norm adds them, in the same pass. y may be parts that are added
+    up; with peers it is this device's part of what the devices add to x.
     """
 
     x: jax.Array
@@ -207,7 +219,7 @@ class Model(nnx.Module):
             residual, written = run_layer(*nnx.split(layer), residual, inputs.for_layer(i), cache.layer(i))
             layers.append(written)
         # With peers the next norm is not wanted here, but the sum that comes with it.
-        total = residual.x + residual.y if inputs.peers is None else residual.normed(self.norm, inputs)[0]
+        total = added(*residual) if inputs.peers is None else residual.normed(self.norm, inputs)[0]
         return total, KVCache(tuple(layer.k for layer in layers), tuple(layer.v for layer in layers))
 
     def _run_whole(

@@ -17,8 +17,16 @@ SMALL = Heads(4, 2, 16)
 @pytest.fixture
 def twins(monkeypatch):
     """The references instead of the kernels, which want a GPU; few and short samples; a small cache to exceed."""
-    for name in ("kv_write", "grouped_matmul", "grouped_gated_matmul"):
+    for name in (
+        "add_rms_norm",
+        "gated_activation",
+        "gated_matmul",
+        "kv_write",
+        "grouped_matmul",
+        "grouped_gated_matmul",
+    ):
         monkeypatch.setattr(pallas_kernels, name, getattr(pallas_kernels, f"{name}_reference"))
+    monkeypatch.setattr(pallas_kernels, "split_matmul", partial(pallas_kernels.split_matmul_reference, parts=2))
     decode = pallas_kernels.paged_decode_reference
     monkeypatch.setattr(pallas_kernels, "paged_decode", lambda *args, tuning, **kw: decode(*args, **kw))
     monkeypatch.setattr(device, "PAUSE_S", 0)
@@ -81,6 +89,19 @@ def test_experts_are_bound_by_what_takes_longer(twins, tokens, bound):
     per_value = 2 * (2 if bound == "bytes" else 2 * tokens)  # of the experts that are hit, or of every row
     assert result[bound] == per_value * 3 * 16 * 8
     assert result["error"] == 0
+
+
+@pytest.mark.parametrize("time_products", [kernels.time_split, kernels.time_gated])
+def test_products_of_few_rows_are_timed_beside_xlas(time_products, twins, monkeypatch):
+    [other] = time_products(8, 16, 32)
+    assert other["op"].endswith(", XLA") and other["error"] == 0 and other["bytes"] == 2 * 16 * 32
+    monkeypatch.setattr(kernels, "on_mosaic_card", lambda: True)
+    ours, other = time_products(8, 16, 32)
+    assert 0 < ours["error"] < 1e-2 and ours["bytes"] == other["bytes"]
+    for name in ("split_matmul", "gated_matmul"):
+        right = getattr(pallas_kernels, name)
+        monkeypatch.setattr(pallas_kernels, name, lambda *args, right=right: 1.5 * right(*args))
+    assert time_products(8, 16, 32)[0]["error"] > 0.02
 
 
 def test_a_wrong_kernel_shows_as_an_error(twins, monkeypatch):

@@ -91,7 +91,7 @@ def trace_of(plane, *kernels):
 def test_kernels_of_a_graph_are_told_apart_by_their_order():
     assert name_of("paged_extend_mosaic_mosaic_gpu_kernel") == "paged_extend_mosaic"
     graph = [("add_rms_norm", ""), ("nvjet_tst", ""), ("splitKreduce", ""), ("gemm_fusion_3", ""),
-             ("add_rms_norm", ""), ("gemm_fusion_3", ""), ("reduce_6", "")]  # fmt: skip
+             ("add_rms_norm__1", ""), ("gemm_fusion_3", ""), ("reduce_6", "")]  # fmt: skip
     for step in kernels_of_steps(trace_of("/device:GPU:0", *graph, *graph), [PROGRAM], 2):
         assert [op_of(kernel) for kernel in step] == ["norms", "q k v", "q k v", "o", "norms", "down", OTHER]
         assert [kernel.start for kernel in step] == [0, 2, 4, 6, 8, 10, 12]

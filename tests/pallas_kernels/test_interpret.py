@@ -1,5 +1,7 @@
 """The kernels in interpret mode against their references. Each shape compiles for a second: few and tiny."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -190,6 +192,12 @@ def test_add_rms_norm(size, dtype):
     for got, want in zip(out, kernels.add_rms_norm_reference(x, y, scale, eps=1e-5)):
         assert got.dtype == dtype
         assert relative_error(got, want) < LIMIT[dtype]
+    parts = np.random.default_rng(1).standard_normal((3, 5, size)).astype(np.float32)
+    in_parts = [run(x, parts, scale, eps=1e-5) for run in (partial(kernels.add_rms_norm, interpret=True),
+                                                           kernels.add_rms_norm_reference)]  # fmt: skip
+    for got, want, before in zip(*in_parts, out):
+        assert got.dtype == dtype
+        assert relative_error(got, want) < LIMIT[dtype] < relative_error(before, want)
 
 
 @pytest.mark.parametrize("size, dtype", [(1100, "float32"), (64, "bfloat16")])
@@ -247,5 +255,7 @@ def test_bad_input_is_named():
             kernels.rope_write(*wrong, interpret=True)
     with pytest.raises(ValueError, match=r"y.shape=\(1, 4\)"):
         kernels.add_rms_norm(np.zeros((2, 4)), np.zeros((1, 4)), np.zeros(4), eps=0.1, interpret=True)
+    with pytest.raises(ValueError, match=r"y.shape=\(3, 2, 4\) y.dtype=dtype.'float16'. .* parts, float32"):
+        kernels.add_rms_norm(np.zeros((2, 4)), np.zeros((3, 2, 4), np.float16), np.zeros(4), eps=0.1, interpret=True)
     with pytest.raises(ValueError, match=r"x.shape=\(2, 5\)"):
         kernels.gated_activation(np.zeros((2, 5)), jax.nn.silu, interpret=True)

@@ -88,6 +88,12 @@ def test_add_rms_norm_reference():
     exact = (x + y).astype(np.float64)
     expected = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + 0.1) * scale
     np.testing.assert_allclose(normed, expected, rtol=1e-5, atol=1e-6)
+    narrow = x.astype(jnp.bfloat16)
+    in_parts = kernels.add_rms_norm_reference(
+        narrow, np.stack([y / 4, y / 2, y / 4]), scale.astype(jnp.bfloat16), eps=0.1
+    )
+    np.testing.assert_array_equal(in_parts[0], (narrow.astype(np.float32) + y).astype(jnp.bfloat16))
+    np.testing.assert_allclose(in_parts[1].astype(np.float32), normed, rtol=5e-2, atol=1e-2)
 
 
 def test_gated_activation_reference_rounds_the_activation():
