@@ -87,7 +87,7 @@ EXPERTS: dict[str, tuple[int, Experts]] = {
     for name, experts in (("Qwen3-30B", QWEN3_30B), ("Mixtral", MIXTRAL_8X7B))
     for tokens in (2, 32, 256, 8192)
 }
-# Of few rows: the product, its norm behind it or its activation in it. Rows, in, out.
+# Products of few rows: rows, in, out.
 SPLIT = ((64, 2048, 2048), (64, 8192, 2048), (64, 3072, 1024), (64, 14336, 4096))
 GATED = ((64, 2048, 2 * 8192), (64, 4096, 2 * 14336))
 
@@ -312,23 +312,13 @@ def time_experts(name: str, tokens: int, shape: Experts) -> list[Result]:
 
 
 def time_split(rows: int, size: int, columns: int) -> list[Result]:
-    """A product whose result is added to the stream and normed: in parts on Hopper, and by XLA. The stream's bytes do
-    not count.
-    """
-    stream, scale = normal(3, rows, columns), jnp.ones(columns, jnp.bfloat16)
-    norm = partial(kernels.add_rms_norm, eps=1e-5)
-
-    def parts(x, kernel):
-        return norm(stream, kernels.split_matmul(x, kernel), scale)[1]
-
-    def whole(x, kernel):
-        return norm(stream, jnp.dot(x, kernel), scale)[1]
-
-    return _time_products(f"{rows} x {size} x {columns} and norm", rows, size, columns, {"parts": parts, "XLA": whole})
+    """A product in parts on Hopper, and XLA's."""
+    kinds: dict[str, Callable] = {"in parts": kernels.split_matmul, "XLA": jnp.dot}
+    return _time_products(f"{rows} x {size} x {columns}", rows, size, columns, kinds)
 
 
 def time_gated(rows: int, size: int, columns: int) -> list[Result]:
-    """Gate and up side by side, and the activation: in one kernel on Hopper, and by XLA with one behind it."""
+    """Gate and up side by side with the activation: in one kernel on Hopper, and XLA's product with a kernel behind."""
 
     def one(x, kernel):
         return kernels.gated_matmul(x, kernel, jax.nn.silu)
@@ -336,31 +326,32 @@ def time_gated(rows: int, size: int, columns: int) -> list[Result]:
     def two(x, kernel):
         return kernels.gated_activation(jnp.dot(x, kernel), jax.nn.silu)
 
-    return _time_products(f"{rows} x {size} x {columns}, gated", rows, size, columns, {"one kernel": one, "XLA": two})
+    return _time_products(f"{rows} x {size} x {columns}, gated", rows, size, columns, {"one": one, "XLA": two})
 
 
 def _time_products(name: str, rows: int, size: int, columns: int, kinds: dict[str, Callable]) -> list[Result]:
-    """`kinds`: ours, that are for Hopper, and XLA's, which also says what is right."""
+    """Each with a residual sum and norm behind it, whose bytes do not count. `kinds`: ours, that are for Hopper, and
+    XLA's, which also says what is right.
+    """
     bytes_read = 2 * size * columns
     count = max(OPS, 1 + int(3 * L2_BYTES // bytes_read))
     weights = [normal(i, size, columns) / size**0.5 for i in range(count)]
     inputs = [normal(count + i, rows, size) for i in range(count)]  # one would have XLA join the products
 
     def chain(kind, inputs, weights):
-        y = None
+        stream = jnp.zeros_like(jax.eval_shape(kinds["XLA"], inputs[0], weights[0]))
         for x, kernel in zip(inputs, weights):
-            x, _ = jax.lax.optimization_barrier((x, y))  # all are computed, though only the last is a result
-            y = kind(x, kernel)
-        return y
+            stream, _ = kernels.add_rms_norm(stream, kind(x, kernel), jnp.ones_like(stream[0]), eps=1e-5)
+        return stream
 
-    expected, results = kinds["XLA"](inputs[0], weights[0]), []
+    expected, results = jax.jit(partial(chain, kinds["XLA"]))(inputs[:1], weights[:1]), []
     for kind, product in kinds.items():
         if kind != "XLA" and not on_mosaic_card():
             continue
         # Decode steps of 64 rows and more have cuBLAS's, which are quicker there.
         run = jax.jit(partial(chain, product), compiler_options={"xla_gpu_enable_triton_gemm": False})
         time_s, spread = seconds(partial(run, inputs, weights), count)
-        difference = error(product(inputs[0], weights[0]), expected)
+        difference = error(run(inputs[:1], weights[:1]), expected)
         results.append({"op": f"{name}, {kind}", "us": time_s * 1e6, "spread": spread, "bytes": bytes_read,
                         "bytes_per_s": bytes_read / time_s, "error": difference})  # fmt: skip
     return results

@@ -15,7 +15,7 @@ from tests.gpu.test_whole_layers import HOPPER, TOKENS, check_tokens, folder, op
 from tests.pallas_kernels.cases import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs Hopper")]
-PROMPTS = [[(7 * i + 3 * j) % 2000 for j in range(5 + 9 * i % 70)] for i in range(30)]
+PROMPTS = [[(7 * i + 3 * j) % 2000 for j in range(5 + 9 * i % 40)] for i in range(30)]  # one step, then 30 rows
 full = partial(pytest.param, marks=pytest.mark.full)
 
 
@@ -58,11 +58,12 @@ def test_gated_matmul(rows, size, columns, dtype, activation):
 @pytest.mark.parametrize("attention", ["triton", full("mosaic")])
 def test_tokens_are_the_references_best_ones(folder, attention):  # noqa: F811
     greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-    with opened(folder, attention=attention, max_num_seqs=32) as llm:
+    with opened(folder, attention=attention, max_num_seqs=32, max_num_batched_tokens=1024) as llm:
         outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)
-        programs = {
+        decode = {
             key[1].rows: program.as_text() for key, program in llm._runner._programs.items() if key[0] == "decode"
         }
-    assert max(programs) == 32
-    assert all(("skinny_matmul" in text) == (rows > 8) for rows, text in programs.items())
+    assert 32 in decode
+    for rows, text in decode.items():
+        assert ("skinny_matmul" in text) == (rows > 8)
     check_tokens(folder, [output.prompt_token_ids + list(output.outputs[0].token_ids) for output in outputs])
