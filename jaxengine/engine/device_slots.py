@@ -15,7 +15,9 @@ from jaxengine.request import MAX_LOGIT_BIAS
 from jaxengine.sampling import SamplingFields, count_row
 from jaxengine.step import SLOT_FLOATS, SLOT_INTS, LogitWrite, SlotWrite
 
-SLOT_BATCH = 8  # slots written by one call
+SLOT_BATCH = 32  # slots written by one call; a step rarely has more new ones
+FLOATS = 1 + len(SLOT_INTS)  # where a packed slot has its floats' bits, behind its number and its ints,
+TABLES = FLOATS + len(SLOT_FLOATS)  # and its tables
 
 
 class Slots(NamedTuple):
@@ -38,22 +40,20 @@ class LogitRules(NamedTuple):
 
 def packed_slots(
     writes: Sequence[SlotWrite], shards: int, null_slot: int, groups: int, columns: int
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """What calls of `write_slots` take for these: slots, tables, ints, floats of SLOT_BATCH slots of each shard."""
+) -> Iterator[np.ndarray]:
+    """What calls of `write_slots` take for these, one upload each: int32 [SLOT_BATCH of each shard, all of a slot]."""
     own = [[write for write in writes if write.slot // null_slot == shard] for shard in range(shards)]
-    size = shards * SLOT_BATCH
     for i in range(0, max(map(len, own)), SLOT_BATCH):
-        slots = np.full(size, null_slot, np.int32)
-        ints = np.zeros((size, len(SLOT_INTS)), np.int32)
-        floats = np.zeros((size, len(SLOT_FLOATS)), np.float32)
-        tables = np.zeros((groups, size, columns), np.int32)
+        packed = np.zeros((shards * SLOT_BATCH, TABLES + groups * columns), np.int32)
+        tables = packed[:, TABLES:].reshape(-1, groups, columns)
+        packed[:, 0] = null_slot
         for shard, of_shard in enumerate(own):
             for j, write in enumerate(of_shard[i : i + SLOT_BATCH], shard * SLOT_BATCH):
-                slots[j] = write.slot - shard * null_slot
-                ints[j], floats[j] = write.ints, write.floats
+                packed[j, 0], packed[j, 1:FLOATS] = write.slot - shard * null_slot, write.ints
+                packed[j, FLOATS:TABLES].view(np.float32)[:] = write.floats
                 for g, pages in enumerate(write.pages):
-                    tables[g, j, : len(pages)] = pages
-        yield slots, tables, ints, floats
+                    tables[j, g, : len(pages)] = pages
+        yield packed
 
 
 def packed_rules(write: LogitWrite, slots: np.ndarray, max_tokens: int) -> tuple[np.ndarray, ...]:
@@ -73,9 +73,10 @@ def update_tables(tables: jax.Array, updates: jax.Array) -> jax.Array:
     return tables.at[groups, updates[:, :, 0], updates[:, :, 1]].set(updates[:, :, 2], mode="drop")
 
 
-def write_slots(
-    tables, ints, floats, slots, new_tables, new_ints, new_floats
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def write_slots(tables, ints, floats, packed) -> tuple[jax.Array, jax.Array, jax.Array]:
+    slots, new_tables = packed[:, 0], packed[:, TABLES:].reshape(len(packed), len(tables), -1).swapaxes(0, 1)
+    new_floats = jax.lax.bitcast_convert_type(packed[:, FLOATS:TABLES], jnp.float32)
+    new_ints = packed[:, 1:FLOATS]
     return tables.at[:, slots].set(new_tables), ints.at[slots].set(new_ints), floats.at[slots].set(new_floats)
 
 

@@ -14,12 +14,10 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
-import numpy as np
 
-
-def page_hash(parent: bytes, tokens: np.ndarray, extra: bytes) -> bytes:
-    """The hash of a page's content and of all that came before it: hash(parent, tokens, extra)."""
-    return blake2b(parent + extra + tokens.tobytes(), digest_size=16).digest()
+def page_hash(parent: bytes, tokens: bytes, extra: bytes) -> bytes:
+    """The hash of a page's content (its token ids' bytes) and of all that came before it."""
+    return blake2b(parent + extra + tokens, digest_size=16).digest()
 
 
 class PagePool:
@@ -82,11 +80,14 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def publish(self, page: int, content: bytes) -> None:
-        """Names a full page's content, so that others can share it; the first page with a content keeps the name."""
-        if content not in self._page_of and page not in self._hash_of:
-            self._page_of[content] = page
-            self._hash_of[page] = content
+    def publish(self, pages: Iterable[int], contents: Iterable[bytes]) -> None:
+        """Names full pages' contents, so that others can share them; the first page with a content keeps the name. The
+        null page is passed over.
+        """
+        page_of, hash_of = self._page_of, self._hash_of
+        for page, content in zip(pages, contents, strict=True):
+            if page and content not in page_of and page not in hash_of:
+                page_of[content], hash_of[page] = page, content
 
     def forget_cached(self) -> None:
         """Drops every hash: no page written until now will be shared again."""

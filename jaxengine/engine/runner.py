@@ -227,10 +227,10 @@ class Runner:
 
     def _write_slots(self, writes: Sequence[SlotWrite]) -> None:
         for packed in self._packed_slots(writes):
-            new = self._run("write_slots", (), *self._slots[1:], *packed)
+            new = self._run("write_slots", (), *self._slots[1:], packed)
             self._slots = Slots(self._slots.last_token, *new)
 
-    def _packed_slots(self, writes: Sequence[SlotWrite]) -> Iterator[tuple[np.ndarray, ...]]:
+    def _packed_slots(self, writes: Sequence[SlotWrite]) -> Iterator[np.ndarray]:
         columns = self._slots.tables.shape[2]
         return packed_slots(writes, self.shards, self.buckets.max_num_seqs, len(self.groups), columns)
 
@@ -295,9 +295,7 @@ class Runner:
             "prompt": (self._prompt, (), (leaves, rows, rows), told),
             "prompt_vocab": (self._prompt_vocab, (), (leaves, rows, whole), whole),
             "pool": (self._pool, (), (leaves, rows, rows), told),
-            "write_slots": (
-                write_slots, (0, 1, 2), (tables, rows, rows, rows, tables, rows, rows), (tables, rows, rows)
-            ),
+            "write_slots": (write_slots, (0, 1, 2), (tables, rows, rows, rows), (tables, rows, rows)),
             "write_rules": (write_rules, (0,), (rows, rows, whole, whole, whole, whole), rows),
             "write_mask": (write_mask, (0,), (rows, rows, whole), rows),
         }  # fmt: skip
@@ -491,7 +489,7 @@ class Runner:
                 return leaves, hidden(key[0].tokens), ints(key[0].tokens)
             case "write_slots":
                 write = SlotWrite(0, (0,) * len(SLOT_INTS), (0,) * len(SLOT_FLOATS), ())
-                return *slots[1:], *next(self._packed_slots([write]))
+                return *slots[1:], next(self._packed_slots([write]))
             case "write_rules":
                 return rules, *self._packed_rules(LogitWrite(0, np.zeros(0, np.int32), 0, mask, {}))
             case _:

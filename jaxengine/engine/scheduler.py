@@ -402,9 +402,11 @@ class Scheduler:
             return
         salt = b"" if self.enable_prefix_caching else sequence.request.request_id.encode()
         extra = self.weight_version.to_bytes(8, "little") + sequence.request.cache_salt + salt
-        parent, tokens = sequence.hashes[-1] if sequence.hashes else bytes(16), sequence.tokens
-        for i in range(len(sequence.hashes), count):
-            parent = page_hash(parent, tokens[i * self.page_size : (i + 1) * self.page_size], extra)
+        parent, first = sequence.hashes[-1] if sequence.hashes else bytes(16), len(sequence.hashes)
+        tokens = sequence.tokens[first * self.page_size : count * self.page_size]
+        content, size = tokens.tobytes(), self.page_size * tokens.itemsize
+        for start in range(0, len(content), size):
+            parent = page_hash(parent, content[start : start + size], extra)
             sequence.hashes.append(parent)
 
     def _stop_computing(self, sequence: Sequence) -> None:
@@ -455,11 +457,10 @@ class Scheduler:
         first, table.num_published[slot] = table.num_published[slot], end
         if self._shares_pages(sequence):
             self._hash(sequence, end)
-            for i in range(first, end):
-                content = sequence.hashes[i]
-                for pool, page in zip(self.pools, table.pages[:, slot, i].tolist(), strict=True):
-                    if page:
-                        pool.publish(page, content)
+            contents = sequence.hashes[first:end]
+            for pool, pages in zip(self.pools, table.pages[:, slot, first:end].tolist(), strict=True):
+                pool.publish(pages, contents)
+            for content in contents:
                 self._computed(sequence, content)
 
     def waiting(self) -> list[Sequence]:
