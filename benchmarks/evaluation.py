@@ -73,10 +73,12 @@ def main() -> None:
     parser.add_argument("--model", default="llama8b", choices=SHAPES)
     parser.add_argument("--texts", type=int, default=256, help="to score; 0: none")
     parser.add_argument("--prompts", type=int, default=20_000, help="to generate from; 0: none")
+    parser.add_argument("--steps-in-flight", type=int, default=1, help="as LLM takes it")
     args = parser.parse_args()
     claim_memory()
     shape, (_, flops) = SHAPES[args.model], rates()
-    with random_llm(args.model, max_model_len=TEXT[1] + 1, dtype="bfloat16") as llm:
+    options = {"dtype": "bfloat16", "steps_in_flight": args.steps_in_flight}
+    with random_llm(args.model, max_model_len=TEXT[1] + 1, **options) as llm:
         if args.texts:
             report({"model": args.model, **score(llm, shape, args.texts, flops)})
         if args.prompts:

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from numbers import Integral
 from typing import Any
@@ -146,10 +146,9 @@ class Frontend:
         text, metrics = prompt if isinstance(prompt, str) else None, RequestMetrics(time.time())
         return RequestOutput(f"request-{next(self._arrivals)}", text, [], None, [failed], True, metrics, error=error)
 
-    def reporter(
-        self, request: Request, tell: Callable[[RequestOutput], None], abort: Callable[[Iterable[str]], None]
-    ) -> "Reporter":
-        return Reporter(request, self._decode, tell, abort)
+    def reporter(self, request: Request, tell: Callable[[RequestOutput], None], loop: Any) -> "Reporter":
+        """`loop` has `abort`."""
+        return Reporter(request, self._decode, tell, loop)
 
 
 class Reporter:
@@ -159,10 +158,10 @@ class Reporter:
     stops all threads, looks at each object several times.
     """
 
-    __slots__ = ("_abort", "_decode", "_delta", "_done", "_failed", "_request", "_tell", "_told")
+    __slots__ = ("_decode", "_delta", "_done", "_failed", "_loop", "_request", "_tell", "_told")
 
-    def __init__(self, request: Request, decode: Any, tell: Callable[[RequestOutput], None], abort: Any):
-        self._request, self._decode, self._tell, self._abort = request, decode, tell, abort
+    def __init__(self, request: Request, decode: Any, tell: Callable[[RequestOutput], None], loop: Any):
+        self._request, self._decode, self._tell, self._loop = request, decode, tell, loop
         self._delta, self._failed = request.params.output_kind == "delta", False
         if self._delta:
             self._told = [(0, 0)] * request.params.n  # output tokens, characters
@@ -176,7 +175,7 @@ class Reporter:
         except Exception as error:  # a bug of ours: it ends this request and no other
             logger.exception("request %s has an output that cannot be made", self._request.request_id)
             self._failed = True
-            self._abort([self._request.request_id])
+            self._loop.abort([self._request.request_id])
             output = self._ended(EngineError(f"no output can be made: {type(error).__name__}: {error}"))
         self._tell(output)
 

@@ -373,7 +373,7 @@ class LLM(TextMethods):
     def start(self, request: Any, tell: Callable[[RequestOutput], None], every_step: bool) -> None:
         """Hands a request to the engine; `tell` gets its outputs, in the engine's thread. For front ends of ours."""
         request.watched = every_step and request.params.output_kind != "final_only"
-        self._loop.add(request, self.frontend.reporter(request, tell, self.abort))
+        self._loop.add(request, self.frontend.reporter(request, tell, self._loop))
 
     def _collect(
         self, requests: Iterator[Any], total: int | None, use_tqdm: bool | Callable[..., Any]

@@ -20,6 +20,7 @@ from pallas_kernels import paged_extend_mosaic as extend_mosaic
 from pallas_kernels.paged_decode import TuningConfig as DecodeTuning
 from pallas_kernels.paged_extend import TuningConfig as ExtendTuning
 from pallas_kernels.paged_tile import on_mosaic_card, takes_float8
+from pallas_kernels.skinny_matmul import gated_tuning, split_tuning
 
 Result = dict[str, Any]
 
@@ -313,7 +314,9 @@ def time_experts(name: str, tokens: int, shape: Experts) -> list[Result]:
 
 def time_split(rows: int, size: int, columns: int) -> list[Result]:
     """A product in parts on Hopper, and XLA's."""
-    kinds: dict[str, Callable] = {"in parts": kernels.split_matmul, "XLA": jnp.dot}
+    kinds: dict[str, Callable] = {"XLA": jnp.dot}
+    if on_mosaic_card() and split_tuning(*_structs(rows, size, columns)):
+        kinds = {"in parts": kernels.split_matmul} | kinds
     return _time_products(f"{rows} x {size} x {columns}", rows, size, columns, kinds)
 
 
@@ -326,13 +329,18 @@ def time_gated(rows: int, size: int, columns: int) -> list[Result]:
     def two(x, kernel):
         return kernels.gated_activation(jnp.dot(x, kernel), jax.nn.silu)
 
-    return _time_products(f"{rows} x {size} x {columns}, gated", rows, size, columns, {"one": one, "XLA": two})
+    kinds: dict[str, Callable] = {"XLA": two}
+    if on_mosaic_card() and gated_tuning(*_structs(rows, size, columns)):
+        kinds = {"one": one} | kinds
+    return _time_products(f"{rows} x {size} x {columns}, gated", rows, size, columns, kinds)
+
+
+def _structs(rows: int, size: int, columns: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return jax.ShapeDtypeStruct((rows, size), jnp.bfloat16), jax.ShapeDtypeStruct((size, columns), jnp.bfloat16)
 
 
 def _time_products(name: str, rows: int, size: int, columns: int, kinds: dict[str, Callable]) -> list[Result]:
-    """Each with a residual sum and norm behind it, whose bytes do not count. `kinds`: ours, that are for Hopper, and
-    XLA's, which also says what is right.
-    """
+    """Each with a residual sum and norm behind it, whose bytes do not count. `kinds`: XLA's says what is right."""
     bytes_read = 2 * size * columns
     count = max(OPS, 1 + int(3 * L2_BYTES // bytes_read))
     weights = [normal(i, size, columns) / size**0.5 for i in range(count)]
@@ -346,8 +354,6 @@ def _time_products(name: str, rows: int, size: int, columns: int, kinds: dict[st
 
     expected, results = jax.jit(partial(chain, kinds["XLA"]))(inputs[:1], weights[:1]), []
     for kind, product in kinds.items():
-        if kind != "XLA" and not on_mosaic_card():
-            continue
         # Decode steps of 64 rows and more have cuBLAS's, which are quicker there.
         run = jax.jit(partial(chain, product), compiler_options={"xla_gpu_enable_triton_gemm": False})
         time_s, spread = seconds(partial(run, inputs, weights), count)

@@ -15,7 +15,7 @@ from jaxengine.request import MAX_LOGIT_BIAS
 from jaxengine.sampling import SamplingFields, count_row
 from jaxengine.step import SLOT_FLOATS, SLOT_INTS, LogitWrite, SlotWrite
 
-SLOT_BATCH = 32  # slots written by one call; a step rarely has more new ones
+SLOT_BATCH = 16  # slots written by one call: more than most steps have new, and few where tables are long
 FLOATS = 1 + len(SLOT_INTS)  # where a packed slot has its floats' bits, behind its number and its ints,
 TABLES = FLOATS + len(SLOT_FLOATS)  # and its tables
 

@@ -454,6 +454,7 @@ class Scheduler:
     def _publish(self, slot: int, end: int) -> None:
         """Offers the slot's pages before this one to the prefix cache."""
         table, sequence = self.slots, self.slots.sequence[slot]
+        end = min(end, sequence.num_tokens // self.page_size)  # beyond lies what was drawn after a stop token
         first, table.num_published[slot] = table.num_published[slot], end
         if self._shares_pages(sequence):
             self._hash(sequence, end)

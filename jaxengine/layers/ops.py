@@ -1,7 +1,7 @@
 """The operations that have several implementations behind one signature; which one runs is chosen once, at start-up.
 
 `triton` and `reference` are the kernels and their twins in `pallas_kernels`, where the signatures are documented;
-`xla` is plain XLA, the default on CPU. `mosaic` is attention, and decode steps of few rows, by the kernels for Hopper
+`xla` is plain XLA, the default on CPU. `mosaic` is attention, and steps of few tokens, by the kernels for Hopper
 and all else by XLA, so nothing through Triton, which JAX calls deprecated. In a profile each runs under its name here.
 """
 

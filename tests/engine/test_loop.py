@@ -350,20 +350,19 @@ def test_a_waiting_request_is_few_objects_for_the_collector():
         holder.start()
         assert held.wait(10)
         count, ended = 200, threading.Semaphore(0)
-        requests = llm.requests([[3, 4]] * count, [GREEDY] * count)
 
         def tell(output):
             ended.release()
 
         gc.collect()
         before = len(gc.get_objects())
-        for request in requests:
+        for request in llm.requests([[3, 4]] * count, [GREEDY] * count):
             llm.start(request, tell, every_step=False)
         grown = (len(gc.get_objects()) - before) / count
         release.set()
         holder.join()
         assert all(ended.acquire(timeout=10) for _ in range(count))
-    assert grown <= 4, "20 were enough for passes that stopped a GPU for half a second each"
+    assert grown < 4.5, "23 were enough for passes that stopped a GPU for half a second each"
 
 
 def test_a_command_that_waits_while_the_engine_is_closed_is_answered():

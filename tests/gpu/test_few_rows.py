@@ -32,8 +32,10 @@ def inputs(rows, size, columns, dtype):
 )  # fmt: skip
 def test_split_matmul(rows, size, columns, dtype):
     x, kernel = inputs(rows, size, columns, dtype)
+    if (tuning := split_tuning(x, kernel)) is None:
+        pytest.skip("this card has too few multiprocessors")
     found, again = (kernels.split_matmul(x, kernel) for _ in range(2))
-    want = kernels.split_matmul_reference(x, kernel, split_tuning(x, kernel).parts)
+    want = kernels.split_matmul_reference(x, kernel, tuning.parts)
     assert found.shape == want.shape and relative_error(found, want) < 1e-5
     np.testing.assert_array_equal(found, again)
     stream, scale = x[:, :columns] if columns <= size else x, jnp.ones(min(size, columns), dtype)

@@ -45,9 +45,9 @@ def answers(monkeypatch, kind, twins, most=8, **options):
 
 @pytest.mark.parametrize("kind", ["llama", "windows", "sinks", "experts"])
 def test_the_same_tokens(kind, monkeypatch):
-    want, nothing = answers(monkeypatch, kind, False)
+    want, _ = answers(monkeypatch, kind, False)
     found, traced = answers(monkeypatch, kind, True)
-    assert found == want and not any(nothing.values())
+    assert found == want
     biased = kind == "sinks"  # gpt_oss has biases, and experts in place of the MLP
     assert bool(traced["split"]) != biased and bool(traced["gated"]) == (kind in ("llama", "windows"))
 

@@ -216,11 +216,14 @@ def test_pools_whose_elements_have_no_numbers_are_refused():
     assert all(CUSTOM_CALL in lower_for_cuda(*program) for program in programs(2**20 + 1))
 
 
-@pytest.mark.parametrize("case", pairwise({"dtype": ["bfloat16", "float32"], "size": [64, 576, 4096]}), ids=name)
+@pytest.mark.parametrize(
+    "case", pairwise({"dtype": ["bfloat16", "float32"], "size": [64, 576, 4096], "parts": [None, 1, 4]}), ids=name
+)
 def test_add_rms_norm_lowers(case):
     x = jax.ShapeDtypeStruct((7, case["size"]), case["dtype"])
+    y = x if case["parts"] is None else jax.ShapeDtypeStruct((case["parts"], *x.shape), jnp.float32)
     scale = jax.ShapeDtypeStruct((case["size"],), case["dtype"])
-    assert lower_for_cuda(partial(kernels.add_rms_norm, eps=1e-5), x, x, scale).count(CUSTOM_CALL) == 1
+    assert lower_for_cuda(partial(kernels.add_rms_norm, eps=1e-5), x, y, scale).count(CUSTOM_CALL) == 1
 
 
 @pytest.mark.parametrize(
