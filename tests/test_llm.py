@@ -51,7 +51,8 @@ def test_every_form_of_a_prompt(llm):
 def test_outputs_come_in_the_order_of_the_prompts(llm):
     prompts = [[i + 10, i + 20] for i in range(20)]
     lengths = [1 + i * 7 % 5 for i in range(20)]
-    outputs = llm.generate(prompts, [SamplingParams(max_tokens=n) for n in lengths], use_tqdm=False)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     assert [list(output.prompt_token_ids) for output in outputs] == prompts
     assert [len(row) for row in tokens_of(outputs)] == lengths
     assert len({output.request_id for output in outputs}) == 20
