@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_tile import check_tuning
 
-COLUMNS = 64  # of the result, that a warpgroup has
+COLUMNS = 64  # of the result, that a warpgroup has: the rows of a wgmma
 MOST_PARTS = 4  # reading more costs the next kernel as much as they save here
 SMEM_BYTES = 210_000  # of tiles on their way
 Activation = Callable[[jax.Array], jax.Array]
@@ -89,7 +89,7 @@ def split_matmul(
     tuning = _checked(x, kernel, tuning or split_tuning(x, kernel), COLUMNS)
     from pallas_kernels.skinny_matmul_mosaic import multiply
 
-    return multiply(x, kernel, None, **asdict(tuning), interpret=interpret)
+    return multiply(x, kernel, None, COLUMNS, **asdict(tuning), interpret=interpret)
 
 
 @partial(jax.jit, static_argnames="parts")
@@ -120,7 +120,7 @@ def gated_matmul(
         raise ValueError(f"{tuning}: an activation is of whole sums, parts must be 1")
     from pallas_kernels.skinny_matmul_mosaic import multiply
 
-    return multiply(x, kernel, activation, **asdict(tuning), interpret=interpret)[0]
+    return multiply(x, kernel, activation, COLUMNS, **asdict(tuning), interpret=interpret)[0]
 
 
 @partial(jax.jit, static_argnames="activation")

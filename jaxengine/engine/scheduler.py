@@ -433,7 +433,9 @@ class Scheduler:
 
     def land(self, rows: Rows) -> None:
         """A step has landed: publishes its rows' full pages, gives back those behind a window."""
-        table, slots, committed = self.slots, rows.slots, rows.start + rows.count
+        table, slots = self.slots, rows.slots
+        # Without what was drawn after a stop token.
+        committed = np.minimum(rows.start + rows.count, table.num_tokens[slots])
         table.flights[slots] -= 1
         live = table.live[slots]
         for slot in slots[~live].tolist():
@@ -454,7 +456,6 @@ class Scheduler:
     def _publish(self, slot: int, end: int) -> None:
         """Offers the slot's pages before this one to the prefix cache."""
         table, sequence = self.slots, self.slots.sequence[slot]
-        end = min(end, sequence.num_tokens // self.page_size)  # beyond lies what was drawn after a stop token
         first, table.num_published[slot] = table.num_published[slot], end
         if self._shares_pages(sequence):
             self._hash(sequence, end)

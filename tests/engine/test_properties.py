@@ -232,6 +232,23 @@ def test_several_steps_a_call_end_where_single_steps_do(flights, windows):
     assert {reason for *_, reason, _ in run_all(5)[1]} == {"stop", "length"}
 
 
+@pytest.mark.parametrize("prompt", [[1, 2], [1, 2, 3], [1, 2, 3, 4]], ids=len)
+@pytest.mark.parametrize("stop", range(3))
+def test_what_a_call_draws_after_a_stop_token_is_in_no_published_page(prompt, stop):
+    def output(**end):
+        engine, request = make_engine(steps_per_call=8, page_size=2, pages=200), make_request(0, prompt, **end)
+        run(engine, [(0, request)])
+        assert_nothing_is_held(engine)
+        [sequence], [pool] = request.sequences, engine.scheduler.pools
+        computed = len(prompt) + sequence.num_output
+        assert computed // 2 - 1 <= len(pool._page_of) <= computed // 2
+        return sequence.output()
+
+    drawn = output(max_tokens=20)
+    found = output(max_tokens=20, stop_token_ids=[drawn[stop]])
+    assert found == drawn[: drawn.index(drawn[stop]) + 1]
+
+
 def test_timeout_by_the_clock():
     engine = make_engine()
     request = make_request(0, [1, 2], timeout=time.monotonic() + 0.02, max_tokens=10**6 // 10**4)
