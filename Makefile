@@ -41,9 +41,9 @@ lint: $(READY)
 references: $(REFERENCES)
 	set -e; for script in tests/references/make_*.py; do .venv-references/bin/python $$script --check; done
 
-# Most of their time is compiling: four files at a time, each with a cache of its own (jax does not lock it).
+# Most of their time is compiling: six files at a time, each with a cache of its own (jax does not lock it).
 gpu-test:
-	$(MAKE) -j4 --keep-going --output-sync=target $(GPU_TESTS)
+	$(MAKE) -j6 --keep-going --output-sync=target $(GPU_TESTS)
 
 $(GPU_TESTS):
 	JAX_PLATFORMS=cuda,cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/$(@F) \
