@@ -24,7 +24,7 @@ def pool_copies(program, cache):
 def compile_undonated(runner, name):
     """A program of this name as it would be if no argument were donated."""
     key = next(key for other, key in runner._all_keys() if other == name)
-    return jax.jit(partial(getattr(runner, f"_{name}"), *key)).lower(*runner._arguments(name, key)).compile()
+    return jax.jit(partial(getattr(runner._device_steps(), name), *key)).lower(*runner._arguments(name, key)).compile()
 
 
 def check_memory(runner):

@@ -62,7 +62,7 @@ THIRD_PARTY = {
 }
 # The host side: plain Python and NumPy.
 NO_JAX = ("jaxengine.request", "jaxengine.errors", "jaxengine.engine")
-RUNNER_PARTS = ("runner", "compilations", "program_store", "flight", "device_slots", "device_weights")
+RUNNER_PARTS = ("runner", "compilations", "program_store", "flight", "device_slots", "device_steps", "device_weights")
 JAX_ALLOWED = tuple(f"jaxengine.engine.{name}" for name in RUNNER_PARTS)
 
 

@@ -23,25 +23,21 @@ from jaxengine.engine.device_slots import (
     Slots,
     packed_rules,
     packed_slots,
-    sampling_fields,
-    update_tables,
     write_mask,
     write_rules,
     write_slots,
 )
+from jaxengine.engine.device_steps import DeviceSteps
 from jaxengine.engine.device_weights import DeviceWeights
 from jaxengine.engine.flight import Flight
 from jaxengine.engine.program_store import ProgramStore
 from jaxengine.kv_cache import AXES, CacheGroup, create_cache
-from jaxengine.layers import pipeline
-from jaxengine.layers.attention import AttentionInputs, Implementation
-from jaxengine.layers.peers import create_peers, linked, own, peer_rows, peers_sharding
-from jaxengine.layers.pooling import pooled_sums
+from jaxengine.layers.attention import Implementation
+from jaxengine.layers.peers import create_peers, linked, peer_rows, peers_sharding
 from jaxengine.models import sums_over_peers
 from jaxengine.request import MAX_LOGIT_BIAS
-from jaxengine.sampling import count_tokens, log_softmax, sample, token_logprobs
-from jaxengine.sharding import DATA, STAGE, gather, named_sharding, on_each_device
-from jaxengine.step import MODES, SLOT_FLOATS, SLOT_INTS, LogitWrite, SlotWrite, StepInputs, packed_size, unpack
+from jaxengine.sharding import DATA, STAGE, named_sharding, on_each_device
+from jaxengine.step import MODES, SLOT_FLOATS, SLOT_INTS, LogitWrite, SlotWrite, StepInputs, packed_size
 
 logger = logging.getLogger(__name__)
 
@@ -277,24 +273,31 @@ class Runner:
         closed_over = config, self.model, self.groups, self.max_model_len, self.prompt_chunk, self.attention
         return ProgramStore(folder, self.mesh.devices, (*closed_over, self._peer_rows, self._row_bytes))
 
+    def _device_steps(self) -> DeviceSteps:
+        return DeviceSteps(
+            self.weights.module, self.weights.axis, self.buckets, self.layer_group, self.config.page_size,
+            self.vocab_size, self.attention, self.float8, self.config.max_logprobs, self.logprobs_mode, self.shards,
+            self.stages, self._peer_rows, self._gathers,
+        )  # fmt: skip
+
     def _lower(self, name: str, key: tuple, arguments: tuple) -> Any:
         leaves, cache, whole = self.weights.specs, named_sharding(self.mesh, AXES), named_sharding(self.mesh)
         rows, tables = named_sharding(self.mesh, ("rows",)), named_sharding(self.mesh, (None, "rows"))
         each = peers_sharding(self.mesh)
-        told = whole if self._gathers else rows
+        told, steps = whole if self._gathers else rows, self._device_steps()
         # Which arguments are donated; where all of them lie, and the results: pinned, one that drifts would compile the
         # next step again.
         programs: dict[str, tuple[Callable, tuple[int, ...], tuple, Any]] = {
             "decode": (
-                self._decode, (1, 2, 3), (leaves, cache, rows, tables, rows, rows, each, rows),
+                steps.decode, (1, 2, 3), (leaves, cache, rows, tables, rows, rows, each, rows),
                 (cache, rows, tables, told),
             ),
-            "mixed": (self._mixed, (1, 3), (leaves, cache, rows, tables, rows), (cache, tables, rows, rows)),
-            "head": (self._head, (2, 6), (leaves, rows, rows, tables, rows, rows, rows, rows), (rows, rows, told)),
-            "prompt_rows": (self._prompt_rows, (), (rows, rows), rows),
-            "prompt": (self._prompt, (), (leaves, rows, rows), told),
-            "prompt_vocab": (self._prompt_vocab, (), (leaves, rows, whole), whole),
-            "pool": (self._pool, (), (leaves, rows, rows), told),
+            "mixed": (steps.mixed, (1, 3), (leaves, cache, rows, tables, rows), (cache, tables, rows, rows)),
+            "head": (steps.head, (2, 6), (leaves, rows, rows, tables, rows, rows, rows, rows), (rows, rows, told)),
+            "prompt_rows": (steps.prompt_rows, (), (rows, rows), rows),
+            "prompt": (steps.prompt, (), (leaves, rows, rows), told),
+            "prompt_vocab": (steps.prompt_vocab, (), (leaves, rows, whole), whole),
+            "pool": (steps.pool, (), (leaves, rows, rows), told),
             "write_slots": (write_slots, (0, 1, 2), (tables, rows, rows, rows), (tables, rows, rows)),
             "write_rules": (write_rules, (0,), (rows, rows, whole, whole, whole, whole), rows),
             "write_mask": (write_mask, (0,), (rows, rows, whole), rows),
@@ -307,115 +310,6 @@ class Runner:
         options = compiler_options(name, key[0].rows // self.stages if name == "decode" else 0, self.mesh)
         jitted = jax.jit(function, donate_argnums=donated, out_shardings=out, compiler_options=options)
         return jitted.lower(*arguments)
-
-    def _decode(self, bucket, mode, leaves, cache, last_token, tables, ints, floats, peers, packed):
-        """`bucket.steps` new tokens for each row [rows, steps], head and sampler included."""
-        step = unpack("decode", bucket, packed)
-        tables = update_tables(tables, step["page_updates"])
-        slots = step["slots"]
-        rows = tuple(table[slots] for table in tables), ints[slots], floats[slots], step["lengths"], step["counts"]
-        tokens = jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
-        model = self.weights.module(leaves)
-        peers = own(peers) if peers and bucket.rows <= self._peer_rows else None
-
-        def lengths_in(rows, number):
-            *_, lengths, counts = rows
-            return jnp.where(number < counts, lengths + number, 0)
-
-        def inputs(rows, number):
-            row_tables, lengths = rows[0], lengths_in(rows, number)
-            positions = jnp.maximum(lengths - 1, 0)
-            page, offset = self._places(row_tables, jnp.where(lengths > 0, jnp.arange(len(lengths)), -1), positions)
-            return AttentionInputs(positions, page, offset, row_tables, lengths, None, None, None, None,
-                                   self.layer_group, self.attention, self.buckets.block_q, self.float8,
-                                   peers)  # fmt: skip
-
-        def draw(rows, x, number):
-            _, ints, floats, *_ = rows
-            fields = sampling_fields(ints, floats, lengths_in(rows, number))
-            return self._known(sample(model.head(x, share=True), fields, mode, axis=self.weights.axis).tokens)
-
-        def next_tokens(carry, number):
-            cache, tokens = carry
-            at = inputs(rows, number)
-            x = model.embed(tokens, at.positions) if peers is None else model.embed(tokens, at.positions, partial=True)
-            x, cache = model.run_layers(x, at, cache)
-            drawn = draw(rows, x, number)
-            return (cache, drawn), drawn
-
-        if self.stages == 1:
-            (cache, last), drawn = jax.lax.scan(next_tokens, (cache, tokens), jnp.arange(bucket.steps))
-        else:
-            least = self.buckets.rows[0]
-            cache, drawn = pipeline.decode(model, inputs, draw, rows, tokens, cache, bucket.steps, least)
-            last = drawn[-1]
-        return cache, last_token.at[slots].set(last), tables, self._told(drawn.T)
-
-    def _mixed(self, bucket, leaves, cache, last_token, tables, packed):
-        """Rows of one token and chunks of prompts in one flat batch; the head comes in a program of its own."""
-        step = unpack("mixed", bucket, packed)
-        tables = update_tables(tables, step["page_updates"])
-        row, positions, slots = step["token_row"], step["positions"], step["slots"]
-        tokens = jnp.where(step["tokens"] < 0, last_token[slots[row]], step["tokens"])
-        row_tables = tuple(table[slots] for table in tables)
-        page, offset = self._places(row_tables, row, positions)
-        inputs = AttentionInputs(positions, page, offset, row_tables, step["lengths"], step["q_start"], step["q_len"],
-                                 step["block_row"], step["block_start"],
-                                 self.layer_group, self.attention, self.buckets.block_q, self.float8)  # fmt: skip
-        model = self.weights.module(leaves)
-        x = model.embed(tokens, positions)
-        if self.stages == 1:
-            x, cache = model.run_layers(x, inputs, cache)
-        else:
-            x, cache = pipeline.run_layers(model, x, inputs, cache, min(len(x), self.buckets.microbatch))
-        rows = x[step["logit_index"]]
-        return cache, tables, x, jnp.pad(rows, ((0, self.buckets.max_num_seqs - len(rows)), (0, 0)))
-
-    def _places(self, tables, row, positions):
-        """Page (0 for padding) and offset in it where each token's K and V go, per cache group."""
-        size = self.config.page_size
-        page = tuple(jnp.where(row < 0, 0, table[row, positions // size]) for table in tables)
-        return page, positions % size
-
-    def _head(self, bucket, mode, whole_vocab, leaves, rows, last_token, tables, ints, floats, rules, packed):
-        """Logits and sampling for the first rows of `rows`."""
-        step = unpack("head", bucket, packed)
-        slots = step["slots"]
-        split = mode != "everything"  # what edits and what ranks logits wants them whole
-        logits = self.weights.module(leaves).head(rows[: bucket.rows], share=split)
-        fields = sampling_fields(ints[slots], floats[slots], step["positions"], slots, rules)
-        top = self.config.max_logprobs if mode == "everything" else 0
-        drawn = sample(logits, fields, mode, top, self.logprobs_mode, whole_vocab, self.weights.axis if split else None)
-        drawn = drawn._replace(tokens=self._known(drawn.tokens))
-        last_token = last_token.at[slots].set(drawn.tokens)
-        if mode != "everything":
-            return last_token, (), self._told({"tokens": drawn.tokens})
-        rules = rules._replace(counts=count_tokens(rules.counts, slots, drawn.tokens))
-        return last_token, rules, self._told(drawn._asdict())
-
-    def _known(self, tokens):
-        """Of several devices padding may be drawn where all logits are NaN."""
-        return tokens if self.weights.axis is None else jnp.minimum(tokens, self.vocab_size - 1)
-
-    def _told(self, results):
-        """Results for the host, which has those of all shards in any case."""
-        return jax.tree.map(partial(gather, axis=DATA, dimension=0), results) if self._gathers else results
-
-    def _prompt_rows(self, tokens, chunk, hidden, places):
-        return hidden[places]
-
-    def _prompt(self, chunk, best, leaves, rows, targets):
-        logits = self.weights.module(leaves).head(rows)
-        return self._told(token_logprobs(logits, targets, self.config.max_logprobs if best else 0))
-
-    def _prompt_vocab(self, chunk, leaves, rows, shard):
-        """Each shard computes what this one was asked for."""
-        if self.shards > 1:
-            rows = jax.lax.all_gather(rows, DATA)[shard]
-        return log_softmax(self.weights.module(leaves).head(rows))
-
-    def _pool(self, bucket, leaves, hidden, rows):
-        return self._told(pooled_sums(self.weights.module(leaves).norm(hidden), rows, bucket.rows))
 
     # -- warm-up
 

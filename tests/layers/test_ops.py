@@ -31,7 +31,7 @@ def test_mosaic_lowers_for_cuda_without_triton(attention, cache, shipped_model):
         runner = llm._runner
         runner.attention, keys = attention, dict(runner._all_keys())
         for name, calls in {"decode": 1, "mixed": 2}.items():
-            step = partial(getattr(runner, f"_{name}"), *keys[name])
+            step = partial(getattr(runner._device_steps(), name), *keys[name])
             text = lower_for_cuda(step, *runner._arguments(name, keys[name]))
             assert (text.count(MOSAIC_CALL) == calls) == (attention == "mosaic")
             assert (TRITON_CALL in text) == (attention == "triton")

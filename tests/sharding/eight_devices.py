@@ -426,8 +426,9 @@ def test_the_kernels_lower_for_cuda_within_each_device(family, devices, stages, 
             split = {id(runner.weights.leaves): runner.weights.specs, id(runner._cache): pool}
             split |= {id(runner._peers): PartitionSpec((STAGE, *LAYER))}
             arguments = runner._arguments(name, key)
+            step = partial(getattr(runner._device_steps(), name), *key)
             program = jax.shard_map(
-                partial(getattr(runner, f"_{name}"), *key), mesh=mesh, out_specs=(pool, *[PartitionSpec()] * 3),
+                step, mesh=mesh, out_specs=(pool, *[PartitionSpec()] * 3),
                 in_specs=tuple(split.get(id(argument), PartitionSpec()) for argument in arguments), check_vma=False,
             )  # fmt: skip
             shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
