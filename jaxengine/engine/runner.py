@@ -275,9 +275,10 @@ class Runner:
 
     def _device_steps(self) -> DeviceSteps:
         return DeviceSteps(
-            self.weights.module, self.weights.axis, self.buckets, self.layer_group, self.config.page_size,
-            self.vocab_size, self.attention, self.float8, self.config.max_logprobs, self.logprobs_mode, self.shards,
-            self.stages, self._peer_rows, self._gathers,
+            module=self.weights.module, axis=self.weights.axis, buckets=self.buckets, layer_group=self.layer_group,
+            page_size=self.config.page_size, vocab_size=self.vocab_size, attention=self.attention, float8=self.float8,
+            max_logprobs=self.config.max_logprobs, logprobs_mode=self.logprobs_mode, shards=self.shards,
+            stages=self.stages, peer_rows=self._peer_rows, gathers=self._gathers,
         )  # fmt: skip
 
     def _lower(self, name: str, key: tuple, arguments: tuple) -> Any:
