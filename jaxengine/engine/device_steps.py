@@ -4,22 +4,23 @@ Arguments before `leaves` or the first array are static: a program's key. `packe
 reads them. Arrays of slots have as many rows as there are slots, their fields stand in `step`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 
+from jaxengine.config import EngineConfig
 from jaxengine.engine.batch import Buckets
 from jaxengine.engine.device_slots import sampling_fields, update_tables
+from jaxengine.engine.device_weights import DeviceWeights
 from jaxengine.layers import pipeline
 from jaxengine.layers.attention import AttentionInputs, Implementation
 from jaxengine.layers.peers import own
 from jaxengine.layers.pooling import pooled_sums
 from jaxengine.sampling import count_tokens, log_softmax, sample, token_logprobs
-from jaxengine.sharding import DATA, Axis, gather
+from jaxengine.sharding import DATA, gather
 from jaxengine.step import unpack
 
 
@@ -27,16 +28,13 @@ from jaxengine.step import unpack
 class DeviceSteps:
     """Pure functions over device arrays, and what they close over."""
 
-    module: Callable[[Any], Any]  # of the weights' leaves
-    axis: Axis | None  # over which a program runs on each device's share of them
+    weights: DeviceWeights
+    config: EngineConfig
     buckets: Buckets
     layer_group: tuple[int, ...]  # the cache group of each layer
-    page_size: int
     vocab_size: int
     attention: Implementation
     float8: str | None  # what the cache's bytes are, where it is kept as bytes
-    max_logprobs: int
-    logprobs_mode: Literal["raw", "processed"]
     shards: int
     stages: int
     peer_rows: int  # up to so many rows are summed over peers' memory
@@ -52,7 +50,7 @@ class DeviceSteps:
         slots = step["slots"]
         rows = tuple(table[slots] for table in tables), ints[slots], floats[slots], step["lengths"], step["counts"]
         tokens = jnp.where(step["tokens"] < 0, last_token[slots], step["tokens"])
-        model = self.module(leaves)
+        model = self.weights.module(leaves)
         peers = own(peers) if peers and bucket.rows <= self.peer_rows else None
 
         def lengths_in(rows, number):
@@ -70,7 +68,7 @@ class DeviceSteps:
         def draw(rows, x, number):
             _, ints, floats, *_ = rows
             fields = sampling_fields(ints, floats, lengths_in(rows, number))
-            return self._known(sample(model.head(x, share=True), fields, mode, axis=self.axis).tokens)
+            return self._known(sample(model.head(x, share=True), fields, mode, axis=self.weights.axis).tokens)
 
         def next_tokens(carry, number):
             cache, tokens = carry
@@ -103,7 +101,7 @@ class DeviceSteps:
         inputs = AttentionInputs(positions, page, offset, row_tables, step["lengths"], step["q_start"], step["q_len"],
                                  step["block_row"], step["block_start"],
                                  self.layer_group, self.attention, self.buckets.block_q, self.float8)  # fmt: skip
-        model = self.module(leaves)
+        model = self.weights.module(leaves)
         x = model.embed(tokens, positions)
         if self.stages == 1:
             x, cache = model.run_layers(x, inputs, cache)
@@ -114,7 +112,7 @@ class DeviceSteps:
 
     def _places(self, tables, row, positions):
         """Page (0 for padding) and offset in it where each token's K and V go, per cache group."""
-        size = self.page_size
+        size = self.config.page_size
         page = tuple(jnp.where(row < 0, 0, table[row, positions // size]) for table in tables)
         return page, positions % size
 
@@ -128,10 +126,11 @@ class DeviceSteps:
         step = unpack("head", bucket, packed)
         slots = step["slots"]
         split = mode != "everything"  # what edits and what ranks logits wants them whole
-        logits = self.module(leaves).head(rows[: bucket.rows], share=split)
+        logits = self.weights.module(leaves).head(rows[: bucket.rows], share=split)
         fields = sampling_fields(ints[slots], floats[slots], step["positions"], slots, rules)
-        top = self.max_logprobs if mode == "everything" else 0
-        drawn = sample(logits, fields, mode, top, self.logprobs_mode, whole_vocab, self.axis if split else None)
+        top = self.config.max_logprobs if mode == "everything" else 0
+        shown = cast(Literal["raw", "processed"], self.config.logprobs_mode)
+        drawn = sample(logits, fields, mode, top, shown, whole_vocab, self.weights.axis if split else None)
         drawn = drawn._replace(tokens=self._known(drawn.tokens))
         last_token = last_token.at[slots].set(drawn.tokens)
         if mode != "everything":
@@ -141,7 +140,7 @@ class DeviceSteps:
 
     def _known(self, tokens):
         """Of several devices padding may be drawn where all logits are NaN."""
-        return tokens if self.axis is None else jnp.minimum(tokens, self.vocab_size - 1)
+        return tokens if self.weights.axis is None else jnp.minimum(tokens, self.vocab_size - 1)
 
     def _told(self, results):
         """Results for the host, which has those of all shards in any case."""
@@ -153,15 +152,15 @@ class DeviceSteps:
 
     def prompt(self, chunk, best, leaves, rows, targets) -> Any:
         """Log-probability and rank of each target after hidden states rows [chunk, E], and the best tokens if asked."""
-        logits = self.module(leaves).head(rows)
-        return self._told(token_logprobs(logits, targets, self.max_logprobs if best else 0))
+        logits = self.weights.module(leaves).head(rows)
+        return self._told(token_logprobs(logits, targets, self.config.max_logprobs if best else 0))
 
     def prompt_vocab(self, chunk, leaves, rows, shard) -> jax.Array:
         """All log-probabilities [chunk, vocab]: each shard computes what this one was asked for."""
         if self.shards > 1:
             rows = jax.lax.all_gather(rows, DATA)[shard]
-        return log_softmax(self.module(leaves).head(rows))
+        return log_softmax(self.weights.module(leaves).head(rows))
 
     def pool(self, bucket, leaves, hidden, rows) -> Any:
         """Sums of normed hidden states by the row that each token belongs to, [rows, E]."""
-        return self._told(pooled_sums(self.module(leaves).norm(hidden), rows, bucket.rows))
+        return self._told(pooled_sums(self.weights.module(leaves).norm(hidden), rows, bucket.rows))

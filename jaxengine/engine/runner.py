@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,6 @@ class Runner:
         self.attention = cast(Implementation, attention)
         self.float8 = cache_dtype if cache_dtype.startswith("float8") and attention != "triton" else None
         self.max_model_len, self.prompt_chunk, self.temporary_bytes = max_model_len, prompt_chunk, temporary_bytes
-        self.logprobs_mode = cast(Literal["raw", "processed"], config.logprobs_mode)
         of_layer = {i: g for g, group in enumerate(groups) for i in group.layers}
         self.layer_group = tuple(of_layer[i] for i in range(len(of_layer)))
         self.weights = DeviceWeights(model, params, max_model_len, mesh, borrowed)
@@ -275,9 +274,8 @@ class Runner:
 
     def _device_steps(self) -> DeviceSteps:
         return DeviceSteps(
-            module=self.weights.module, axis=self.weights.axis, buckets=self.buckets, layer_group=self.layer_group,
-            page_size=self.config.page_size, vocab_size=self.vocab_size, attention=self.attention, float8=self.float8,
-            max_logprobs=self.config.max_logprobs, logprobs_mode=self.logprobs_mode, shards=self.shards,
+            weights=self.weights, config=self.config, buckets=self.buckets, layer_group=self.layer_group,
+            vocab_size=self.vocab_size, attention=self.attention, float8=self.float8, shards=self.shards,
             stages=self.stages, peer_rows=self._peer_rows, gathers=self._gathers,
         )  # fmt: skip
 
